@@ -1,0 +1,1 @@
+"""The hpcft command: argument parsing and printing, no logic of its own."""

@@ -1,0 +1,43 @@
+"""The exceptions a user of hpcft sees.
+
+Every one of them says what is wrong in its message and, where something can be done about it, what
+to do in ``remedy``. The command line prints both on one line and ends with ``exit_code``.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class HpcftError(Exception):
+    """Base of all errors that hpcft raises on purpose.
+
+    Parameters
+    ----------
+    message
+        What is wrong, one sentence, without a final full stop.
+    remedy
+        What the reader can do about it; empty where there is nothing to advise.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __reduce__(self) -> tuple[type[HpcftError], tuple[str, str]]:
+        # The default would pickle only what went to Exception.__init__ and lose the remedy.
+        return type(self), (self.message, self.remedy)
+
+    @property
+    def line(self) -> str:
+        """Message and remedy as the command line prints them."""
+        return f"{self.message}; {self.remedy}" if self.remedy else self.message
+
+
+class UsageError(HpcftError):
+    """hpcft was asked for something that cannot work here; raised before anything is started."""
+
+    exit_code = 2

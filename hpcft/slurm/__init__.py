@@ -1,0 +1,1 @@
+"""What Slurm tells about the step a process runs in."""
