@@ -41,3 +41,15 @@ class UsageError(HpcftError):
     """hpcft was asked for something that cannot work here; raised before anything is started."""
 
     exit_code = 2
+
+
+class TooFewRanks(HpcftError):
+    """So many ranks have failed that the policy does not let the job go on."""
+
+    exit_code = 3
+
+
+class StateLost(HpcftError):
+    """No survivor holds a complete copy of the training state."""
+
+    exit_code = 3

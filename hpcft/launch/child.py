@@ -1,0 +1,138 @@
+"""The rank's process, seen from its shepherd."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+from hpcft.launch.cause import Ending, ending, oom_kills
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def die_with_parent(number: int) -> None:
+    """Have the kernel send this process a signal when its parent ends (prctl(2))."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent ends, so that none gets away."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def descendants(root: int) -> list[int]:
+    """Process numbers of all running descendants of ``root``, children before grandchildren."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                stat = Path(f"/proc/{entry}/stat").read_text()
+                # The name, in brackets, may hold anything; the parent's number is the second
+                # field after it.
+                parent = int(stat.rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry))
+    found = list(children.get(root, []))
+    for pid in found:
+        found.extend(children.get(pid, []))
+    return found
+
+
+class Child:
+    """The running rank.
+
+    Parameters
+    ----------
+    command: what to run.
+    environ: its environment.
+    fds: descriptors it inherits.
+    log: file its output goes to, beside the terminal.
+    """
+
+    def __init__(
+        self, command: list[str], environ: Mapping[str, str], fds: tuple[int, ...], log: Path
+    ) -> None:
+        self._oom = oom_kills()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._log = log.open("ab", buffering=0)
+        #: Which output also goes to our own stdout and stderr, and under what name.
+        self.echo = False
+        self.prefix = b""
+        #: What the rank says about its own end.
+        self.said = ""
+        self.stopped_by_us = False
+        process = subprocess.Popen(
+            command,
+            env=environ,
+            pass_fds=fds,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self.pid = process.pid
+        # We wait for it ourselves: Popen does not tell of stops.
+        process.returncode = 0
+        assert process.stdout and process.stderr
+        self._pumps = [
+            threading.Thread(target=self._pump, args=(pipe, out), daemon=True)
+            for pipe, out in ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
+        ]
+        for pump in self._pumps:
+            pump.start()
+
+    def _pump(self, pipe: IO[bytes], out: IO[str]) -> None:
+        # In a thread, for a file system that hangs must not keep the shepherd from its beats.
+        while data := os.read(pipe.fileno(), 1 << 16):
+            with contextlib.suppress(OSError):
+                self._log.write(data)
+            if self.echo:
+                if self.prefix:
+                    lines = data.splitlines(keepends=True)
+                    data = b"".join(self.prefix + line for line in lines)
+                with contextlib.suppress(OSError):
+                    out.buffer.write(data)
+                    out.buffer.flush()
+
+    def flush(self) -> None:
+        """Wait until all it has written is in the log, unless something else holds its pipes."""
+        for pump in self._pumps:
+            pump.join(0.5)
+
+    def end(self, status: int) -> Ending:
+        """What ``waitpid``'s status means."""
+        return ending(status, oom_kills() > self._oom, self.said)
+
+    def send(self, number: int) -> None:
+        """Send a signal to the rank alone."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill the rank and all processes it has started."""
+        family = [self.pid, *descendants(self.pid)]
+        for pid in family:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def hold(self, stop: bool) -> None:
+        """Stop the rank, or let it go on."""
+        self.stopped_by_us = stop
+        self.send(signal.SIGSTOP if stop else signal.SIGCONT)
+
+    def cpu_seconds(self) -> float:
+        """Processor time the rank and its descendants have used so far."""
+        ticks = 0
+        for pid in (self.pid, *descendants(self.pid)):
+            with contextlib.suppress(OSError):
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")

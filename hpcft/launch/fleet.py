@@ -1,0 +1,302 @@
+"""All shepherds of a run together: what one knows, all know.
+
+The shepherd with the lowest rank of a node leads it. The others of the node connect to their leader
+through a Unix socket, the leaders to each other through TCP::
+
+    node 0            node 1            node 2
+    leader ---------- leader ---------- leader      (all leaders with all)
+     |  |              |  |              |  |
+     s  s              s  s              s  s
+
+Facts (a rank is dead, a rank is done, the run is over) are flooded: who learns a new one passes it
+on to every connection but the one it came from. Facts only accumulate, so order and repetition do
+not matter::
+
+    lost   a node's leader: the node is dead or cut off; its ranks are dead with it
+    dead   a rank: its process is dead, or will be before it can speak again
+    done   a rank: it ended as agreed
+    stuck  a rank: it waits in a collective and nothing has moved for long
+    end    a rank: it wants the whole run to end now
+    bye    a shepherd: it knows that all is over and is about to leave
+
+ Leaders exchange beats and judge silence with :mod:`hpcft.launch.quorum`.
+
+With n nodes there are n (n - 1) / 2 connections and each leader sends n - 1 beats a period: meant
+for hundreds of nodes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from hpcft.launch.channel import Connection, Message, Refused, authenticate, connect
+from hpcft.launch.quorum import Quorum
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Where a rank's shepherd is.
+
+    rank: its MPI rank.
+    node: key of its node; equal for the shepherds that share one.
+    host: the node's name for people.
+    address, port: where it listens for the leaders of other nodes.
+    local: name of the abstract Unix socket it listens at for its own node.
+    """
+
+    rank: int
+    node: str
+    host: str
+    address: str
+    port: int
+    local: str
+
+
+@dataclass(frozen=True)
+class Death:
+    """A rank is dead, or will be before it can speak again.
+
+    cause: in words.
+    at: when it failed, as far as is known, in seconds since 1970.
+    code: what its exit code was, or would be.
+    """
+
+    rank: int
+    cause: str
+    at: float
+    code: int = 137
+
+
+class Listener:
+    """The two sockets a shepherd listens at, open before the run's secret is known.
+
+    Connections that come before :meth:`Fleet.join` wait in the kernel's queue.
+
+    Parameters
+    ----------
+    address: the address of this host that the other nodes reach it by.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.tcp = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        self.tcp.bind((address, 0))
+        self.tcp.listen(1024)
+        self.name = f"hpcft-{os.getpid()}-{os.urandom(4).hex()}"
+        self.unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.unix.bind("\0" + self.name)
+        self.unix.listen(1024)
+
+    def peer(self, rank: int, node: str, host: str) -> Peer:
+        """This shepherd's line in the table."""
+        address, port = self.tcp.getsockname()
+        return Peer(rank, node, host, address, port, self.name)
+
+
+class Fleet:
+    """This shepherd's place among the others.
+
+    Parameters
+    ----------
+    rank: this shepherd's rank.
+    peers: the table of all shepherds, this one included.
+    timeout: seconds of silence after which a node is declared dead.
+    on_fact: called with every fact that is new, own ones included.
+    on_hold: called with True when this node's ranks must not run now, False when they may again.
+    on_fenced: called when this node was declared dead by the others.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        peers: list[Peer],
+        timeout: float,
+        on_fact: Callable[[Message], None],
+        on_hold: Callable[[bool], None],
+        on_fenced: Callable[[str], None],
+    ) -> None:
+        self.rank = rank
+        self._peers = {peer.rank: peer for peer in peers}
+        nodes: dict[str, list[int]] = {}
+        for peer in sorted(peers, key=lambda p: p.rank):
+            nodes.setdefault(peer.node, []).append(peer.rank)
+        #: leader -> ranks of its node
+        self._nodes = {ranks[0]: ranks for ranks in nodes.values()}
+        self._leader = nodes[self._peers[rank].node][0]
+        self._on_fact = on_fact
+        self._on_hold = on_hold
+        self._on_fenced = on_fenced
+        self._timeout = timeout
+        self._facts: set[tuple[str, int]] = set()
+        self._connections: dict[int, Connection] = {}
+        self._clock_of: dict[int, float] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._arrived = asyncio.Event()
+        self._quorum: Quorum | None = None
+        self._holding = False
+
+    @property
+    def _leads(self) -> bool:
+        return self.rank == self._leader
+
+    def _expected(self) -> set[int]:
+        """The ranks whose shepherds this one is connected to."""
+        if not self._leads:
+            return {self._leader}
+        return (set(self._nodes) | set(self._nodes[self.rank])) - {self.rank}
+
+    async def join(self, listener: Listener, secret: bytes) -> None:
+        """Connect to everybody this shepherd is to be connected to, and start judging silence.
+
+        Raises
+        ------
+        OSError: another shepherd cannot be reached.
+        """
+
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            try:
+                connection = await authenticate(reader, writer, secret, self.rank, listener=True)
+            except Refused:
+                return
+            self._adopt(connection)
+
+        for sock in (listener.tcp, listener.unix):
+            start = asyncio.start_server if sock is listener.tcp else asyncio.start_unix_server
+            await start(accept, sock=sock)
+        if not self._leads:
+            leader = self._peers[self._leader]
+            self._adopt(await connect(leader.local, 0, secret, self.rank))
+        else:
+            for other in sorted(self._nodes):
+                if other < self.rank:
+                    peer = self._peers[other]
+                    self._adopt(await connect(peer.address, peer.port, secret, self.rank))
+        while not self._expected() <= self._connections.keys():
+            self._arrived.clear()
+            await self._arrived.wait()
+        if self._leads:
+            weights = {leader: len(ranks) for leader, ranks in self._nodes.items()}
+            now = time.monotonic()
+            self._quorum = Quorum(self.rank, weights, self._timeout, 0.7 * self._timeout, now)
+            self._spawn(self._beat())
+
+    def announce(self, fact: str, rank: int, **detail: object) -> None:
+        """Let everybody know something about ``rank``."""
+        self._learn({"fact": fact, "rank": rank, **detail}, None)
+
+    def announce_death(self, death: Death) -> None:
+        """Let everybody know that a rank is dead."""
+        self.announce("dead", **asdict(death))
+
+    def known(self, fact: str) -> set[int]:
+        """The ranks of which ``fact`` is known."""
+        return {rank for kind, rank in self._facts if kind == fact}
+
+    def standing(self) -> set[int]:
+        """The ranks whose shepherds are there, as far as is known."""
+        lost = {rank for leader in self.known("lost") for rank in self._nodes[leader]}
+        return set(self._peers) - lost
+
+    async def leave(self) -> None:
+        """Close all connections, after a last chance for the others to say they know all."""
+        self.announce("bye", self.rank)
+        deadline = time.monotonic() + self._timeout
+        while time.monotonic() < deadline:
+            if self._peers.keys() <= self.known("bye") | self.known("dead"):
+                break
+            await asyncio.sleep(0.005)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*(c.close() for c in self._connections.values()))
+
+    def _spawn(self, coroutine: object) -> None:
+        task: asyncio.Task[None] = asyncio.ensure_future(coroutine)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _adopt(self, connection: Connection) -> None:
+        if connection.peer not in self._expected():
+            return
+        self._connections[connection.peer] = connection
+        self._arrived.set()
+        self._spawn(self._read(connection))
+
+    async def _read(self, connection: Connection) -> None:
+        peer = connection.peer
+        certain = True
+        try:
+            while (message := await connection.receive()) is not None:
+                if "beat" in message:
+                    self._clock_of[peer] = message["beat"]
+                    if self._quorum:
+                        self._quorum.heard(peer, time.monotonic(), message["echo"])
+                elif "hold" in message:
+                    self._on_hold(message["hold"])
+                else:
+                    self._learn(message, connection)
+        except OSError:
+            certain = False
+        self._closed(peer, certain)
+
+    def _closed(self, peer: int, certain: bool) -> None:
+        # Who is missing from "bye" did not leave by agreement.
+        if peer in self.known("bye") or self.known("end"):
+            return
+        if not self._leads:
+            self._on_fenced("the leading shepherd of this node is gone")
+        elif peer in self._nodes and peer != self.rank:
+            if certain:
+                self._declare(peer, f"node {self._peers[peer].host} lost", time.time())
+        else:
+            self.announce_death(Death(peer, "its shepherd died", time.time()))
+
+    def _declare(self, leader: int, cause: str, at: float) -> None:
+        """A node is lost, and all its ranks with it, whether they are still running or not."""
+        self.announce("lost", leader)
+        for rank in self._nodes[leader]:
+            if rank not in self.known("done"):
+                self.announce_death(Death(rank, cause, at))
+
+    def _learn(self, fact: Message, origin: Connection | None) -> None:
+        key = (fact["fact"], fact["rank"])
+        if key in self._facts:
+            return
+        self._facts.add(key)
+        for connection in self._connections.values():
+            if connection is not origin:
+                connection.send(fact)
+        if fact["fact"] == "lost":
+            if fact["rank"] == self._leader:
+                self._on_fenced("the others declared this node dead")
+            elif self._quorum:
+                self._quorum.lost(fact["rank"])
+        self._on_fact(fact)
+
+    async def _beat(self) -> None:
+        period = self._timeout / 10
+        while True:
+            now = time.monotonic()
+            for leader in self._nodes:
+                if connection := self._connections.get(leader):
+                    connection.send({"beat": now, "echo": self._clock_of.get(leader)})
+            await asyncio.sleep(period)
+            self._judge()
+
+    def _judge(self) -> None:
+        assert self._quorum is not None
+        verdict = self._quorum.tick(time.monotonic())
+        for leader, silence in verdict.declared.items():
+            host = self._peers[leader].host
+            self._declare(leader, f"node {host} silent for {silence:.2f} s", time.time() - silence)
+        if verdict.fenced:
+            self._on_fenced("this node is cut off from the majority")
+        if verdict.hold != self._holding:
+            self._holding = verdict.hold
+            self._on_hold(verdict.hold)
+            for rank in self._nodes[self.rank]:
+                if connection := self._connections.get(rank):
+                    connection.send({"hold": verdict.hold})

@@ -1,0 +1,119 @@
+"""The front end for one machine: starts the shepherds with mpiexec."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import FrameType
+
+from hpcft.errors import UsageError
+from hpcft.launch import openmpi
+from hpcft.launch.child import adopt_orphans, descendants, die_with_parent
+from hpcft.launch.options import RunOptions, check_sizes
+from hpcft.telemetry.rundir import RunDirectory
+
+#: Seconds mpiexec has to end by itself after it was asked to.
+_PATIENCE = 8.0
+
+
+def launch(options: RunOptions, argv: list[str]) -> int:
+    """Start ``--nproc`` and ``--spares`` ranks on this machine and wait for their end.
+
+    Nothing of the run is left behind when this returns, nor when this process is killed.
+
+    Parameters
+    ----------
+    argv: the command line, which every shepherd reads again.
+
+    Returns
+    -------
+    The run's exit code.
+
+    Raises
+    ------
+    UsageError: there is no MPI that could do it.
+    """
+    if options.nproc is None and options.spares:
+        raise UsageError("--spares is given without --nproc", "say how many ranks are to train")
+    tasks = (options.nproc or 1) + options.spares
+    check_sizes(options, tasks, "hpcft")
+    mpi = openmpi.find()
+    openmpi.require_fault_tolerance(mpi)
+    openmpi.require_mpi4py(mpi)
+    create_run_directory(options)
+    command = [str(mpi.mpiexec), "--with-ft", "ulfm", "-n", str(tasks), "--allow-run-as-root"]
+    # The ranks share the processors as they come; where there are too few, they give way.
+    command += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
+    command += [sys.executable, "-m", "hpcft.run", "--run-dir", str(options.run_dir), *argv]
+    environ = dict(os.environ)
+    if sys.stderr.isatty():
+        environ["HPCFT_TERMINAL"] = "1"
+    return _supervise(command, environ)
+
+
+def create_run_directory(options: RunOptions) -> None:
+    """Make the run directory.
+
+    Raises
+    ------
+    UsageError: it cannot be made.
+    """
+    try:
+        RunDirectory(options.run_dir).create()
+    except OSError as error:
+        raise UsageError(
+            f"the run directory cannot be made: {error}", "give another --run-dir"
+        ) from error
+
+
+def _supervise(command: list[str], environ: dict[str, str]) -> int:
+    adopt_orphans()
+    asked: list[int] = []
+
+    def ask(number: int, _: FrameType | None) -> None:
+        # mpiexec passes it on to the shepherds, and they to the ranks. Asked twice, it is killed.
+        asked.append(number)
+        process.send_signal(signal.SIGTERM if len(asked) == 1 else signal.SIGKILL)
+
+    process = subprocess.Popen(
+        command,
+        env=environ,
+        # Ctrl-C reaches this process alone, which knows what to do about it.
+        start_new_session=True,
+        preexec_fn=lambda: die_with_parent(signal.SIGKILL),
+    )
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, ask)
+    deadline: float | None = None
+    while True:
+        try:
+            code = process.wait(0.1 if deadline is None and not asked else 0.5)
+            break
+        except subprocess.TimeoutExpired:
+            if asked and deadline is None:
+                deadline = time.monotonic() + _PATIENCE
+            if deadline and time.monotonic() > deadline:
+                process.kill()
+    _clear_up()
+    if asked:
+        return 128 + asked[0]
+    return code if code >= 0 else 128 - code
+
+
+def _clear_up() -> None:
+    """Kill what is left below this process, and take it in."""
+    deadline = time.monotonic() + 2
+    while left := descendants(os.getpid()):
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL if time.monotonic() > deadline else signal.SIGTERM)
+            except ProcessLookupError:
+                pass
+        try:
+            os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            pass
+        time.sleep(0.01)

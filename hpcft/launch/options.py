@@ -1,0 +1,227 @@
+"""The options of ``python -m hpcft.run``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpcft.errors import UsageError
+
+_DESCRIPTION = """\
+Start a PyTorch training whose ranks may die.
+
+Alone on a machine this starts the ranks itself:
+    python -m hpcft.run --nproc 4 --spares 1 train.py --steps 1000
+In a Slurm allocation srun starts them, and --nproc follows from its --ntasks:
+    srun --mpi=pmix --kill-on-bad-exit=0 --no-kill --wait=0 -N4 --ntasks-per-node=2 \\
+        python -m hpcft.run --spares 1 train.py --steps 1000
+Under mpiexec the ranks are taken as they are.
+
+Some of the ranks are parked as spares: they load all that training needs and wait. When a rank
+fails a spare takes its place; with none left the job goes on with fewer ranks.
+"""
+
+_EPILOG = """\
+exit codes: the script's own; 2 wrong usage, nothing was started; 3 too many failures to go on;
+130 interrupted. What happened is in the run directory: summary.json, events.jsonl, ranks.json
+and logs/.
+"""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the user asked for; see :func:`parse` for the meaning of each."""
+
+    target: tuple[str, ...]
+    module: bool
+    nproc: int | None
+    spares: int
+    min_ranks: int
+    on_failure: tuple[str, ...]
+    run_dir: Path
+    timeout_detect: float
+    timeout_progress: float
+    verbose: int
+    warm: bool
+    digest: bool
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m hpcft.run",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--nproc",
+        type=int,
+        metavar="N",
+        help="ranks that train, spares not counted (default: alone on a machine 1; otherwise what "
+        "srun or mpiexec has started, less the spares)",
+    )
+    add("--spares", type=int, default=0, metavar="S", help="ranks parked as spares (default 0)")
+    add(
+        "--min-ranks",
+        type=int,
+        default=1,
+        metavar="M",
+        help="end the job rather than go on with fewer ranks than this (default 1)",
+    )
+    add(
+        "--on-failure",
+        default="substitute,shrink",
+        metavar="WAYS",
+        help="what may be done about a failure, in this order: substitute (a spare takes the "
+        "failed rank), shrink (go on with fewer ranks) (default substitute,shrink)",
+    )
+    add(
+        "--run-dir",
+        type=Path,
+        metavar="DIR",
+        help="where logs, events and the summary go (default hpcft-runs/ and the Slurm job's number "
+        "or the time); the same path on all nodes",
+    )
+    add(
+        "--timeout-detect",
+        type=float,
+        default=0.8,
+        metavar="SEC",
+        help="silence after which a hung or cut-off rank is declared dead (default 0.8); a rank "
+        "that merely computes is never silent",
+    )
+    add(
+        "--timeout-progress",
+        type=float,
+        default=300.0,
+        metavar="SEC",
+        help="a rank that neither completes a step, nor waits for others, nor uses the processor "
+        "for so long is stuck: its stacks go to its log and it is replaced; 0 means never "
+        "(default 300)",
+    )
+    add(
+        "--verbose",
+        type=int,
+        choices=range(4),
+        default=1,
+        metavar="0..3",
+        help="0 errors only, 1 progress and failures, 2 each event, 3 the output of all ranks "
+        "(default 1)",
+    )
+    add(
+        "--no-warm",
+        dest="warm",
+        action="store_false",
+        help="do not run two dry steps on the spares; adopting one then takes longer",
+    )
+    add(
+        "--no-digest",
+        dest="digest",
+        action="store_false",
+        help="leave params_sha256 out of the summary",
+    )
+    add("-m", dest="module", action="store_true", help="SCRIPT is a module, as in python -m")
+    add("script", metavar="SCRIPT", help="the training script (or module, with -m)")
+    add("args", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
+    return parser
+
+
+def parse(argv: list[str]) -> RunOptions:
+    """Read the command line.
+
+    Raises
+    ------
+    UsageError: an option makes no sense, or the script does not exist.
+    """
+    given = _parser().parse_args(argv)
+    ways = tuple(way.strip() for way in given.on_failure.split(",") if way.strip())
+    for way in ways:
+        if way not in ("substitute", "shrink"):
+            raise UsageError(
+                f"--on-failure does not know {way!r}", "choose from substitute and shrink"
+            )
+    for name, least in (("nproc", 1), ("spares", 0), ("min_ranks", 1)):
+        value = getattr(given, name)
+        if value is not None and value < least:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {value} makes no sense", f"give {least} or more"
+            )
+    if given.timeout_detect < 0.1:
+        raise UsageError(
+            f"--timeout-detect {given.timeout_detect} is too short to tell a busy node from a "
+            "dead one",
+            "give 0.1 or more",
+        )
+    if given.timeout_progress < 0:
+        raise UsageError("--timeout-progress is negative", "give 0 to never look for stuck ranks")
+    _check_target(given.script, given.module)
+    return RunOptions(
+        target=(given.script, *given.args),
+        module=given.module,
+        nproc=given.nproc,
+        spares=given.spares,
+        min_ranks=given.min_ranks,
+        on_failure=ways,
+        run_dir=(given.run_dir or _default_run_dir()).absolute(),
+        timeout_detect=given.timeout_detect,
+        timeout_progress=given.timeout_progress,
+        verbose=given.verbose,
+        warm=given.warm,
+        digest=given.digest,
+    )
+
+
+def _check_target(script: str, module: bool) -> None:
+    if not module:
+        if not Path(script).is_file():
+            raise UsageError(f"there is no script {script}", "check the path, or use -m MODULE")
+        return
+    try:
+        found = importlib.util.find_spec(script) is not None
+    except ImportError:
+        found = False
+    if not found:
+        raise UsageError(f"there is no module {script}", "check the name and PYTHONPATH")
+
+
+def _default_run_dir() -> Path:
+    environ = os.environ
+    if "SLURM_STEP_ID" in environ:
+        name = f"{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}"
+    elif "PMIX_NAMESPACE" in environ:
+        name = "mpiexec-" + "".join(c if c.isalnum() else "-" for c in environ["PMIX_NAMESPACE"])
+    else:
+        name = time.strftime("%Y%m%d-%H%M%S") + f"-{os.getpid()}"
+    return Path("hpcft-runs") / name
+
+
+def check_sizes(options: RunOptions, tasks: int, starter: str) -> int:
+    """Number of active ranks when ``starter`` has started ``tasks`` processes.
+
+    Raises
+    ------
+    UsageError: they are too few, or not what ``--nproc`` says.
+    """
+    active = tasks - options.spares
+    if active < 1:
+        raise UsageError(
+            f"--spares {options.spares} leaves no rank to train with: {starter} has started {tasks}",
+            "start more ranks or park fewer",
+        )
+    if options.nproc is not None and options.nproc != active:
+        raise UsageError(
+            f"--nproc {options.nproc} and --spares {options.spares} need "
+            f"{options.nproc + options.spares} ranks, and {starter} has started {tasks}",
+            f"leave --nproc away, or have {starter} start that many",
+        )
+    if options.min_ranks > active:
+        raise UsageError(
+            f"--min-ranks {options.min_ranks} is more than the {active} ranks there are",
+            "give a lower --min-ranks",
+        )
+    return active

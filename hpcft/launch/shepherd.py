@@ -1,0 +1,366 @@
+"""The shepherd: the small process that is the parent of one rank.
+
+It starts the rank, relays its PMIx connection so that its death alarms nobody, learns why it ended,
+tells all other shepherds and through them all other ranks, stops or kills it when it must not run,
+and at the end leaves with the job's exit code. It knows neither torch nor MPI.
+
+Life of a shepherd::
+
+    STARTING   the rank starts MPI; the shepherds' addresses are exchanged over it.
+               Any failure now ends the launch: there is no world yet that could heal.
+    WATCHING   deaths are announced, silence is judged, the rank is held, killed, looked after.
+    OVER       every rank is dead or done, or somebody asked for the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+import time
+
+from hpcft.launch.cause import Ending
+from hpcft.launch.channel import Message
+from hpcft.launch.child import Child, adopt_orphans, die_with_parent
+from hpcft.launch.fleet import Death, Fleet, Listener, Peer
+from hpcft.launch.options import RunOptions
+from hpcft.launch.place import Place
+from hpcft.launch.relay import Relay
+from hpcft.launch.watchdog import Watchdog
+from hpcft.telemetry.events import Event
+from hpcft.telemetry.rundir import RunDirectory
+from hpcft.telemetry.summary import summarise
+from hpcft.world.link import LINK_FD, PROGRESS_FD
+from hpcft.world.progress import Progress
+
+#: Has the rank write the stacks of all its threads to its log.
+STACKS_SIGNAL = signal.SIGRTMIN + 6
+#: Seconds a rank has to end by itself when it is asked to.
+_GRACE = 2.0
+#: Seconds in which all ranks must have started MPI.
+_START_TIME = 300.0
+
+
+class Shepherd:
+    """One rank's shepherd; :meth:`run` is its life."""
+
+    def __init__(
+        self, options: RunOptions, place: Place, settings: dict[str, str], active: int
+    ) -> None:
+        self._options = options
+        self._place = place
+        self._settings = settings
+        self._active = set(range(active))
+        self._rundir = RunDirectory(options.run_dir)
+        self._over = asyncio.Event()
+        self._ready = False
+        self._fenced = False
+        self._agreed = False
+        self._codes: dict[int, int] = {}
+        self._deaths: dict[int, Death] = {}
+        self._reason = ""
+        self._code: int | None = None
+        self._stop_timer: asyncio.TimerHandle | None = None
+        self._fleet: Fleet | None = None
+        self._dying = ""
+
+    async def run(self) -> int:
+        """Look after the rank until the run is over.
+
+        Returns
+        -------
+        The exit code to leave with.
+        """
+        loop = asyncio.get_running_loop()
+        die_with_parent(signal.SIGTERM)
+        adopt_orphans()
+        self._listener = Listener(self._place.address)
+        relay = await Relay.start(os.environ)
+        self._progress = Progress.create()
+        self._watchdog = Watchdog(self._progress, self._options.timeout_progress)
+        await self._start_child(relay.environ)
+        loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._asked_to_end, number)
+        start_timer = loop.call_later(_START_TIME, self._start_failed, "ranks did not start MPI")
+        self._start_timer = start_timer
+        watching = asyncio.ensure_future(self._watch())
+        await self._over.wait()
+        start_timer.cancel()
+        watching.cancel()
+        self._child.kill()
+        self._child.flush()
+        if self._fleet is None:
+            # Leaving without a word to the PMIx server is what makes it end the other tasks.
+            os._exit(self._code or 1)
+        await self._fleet.leave()
+        code = self._exit_code()
+        if code:
+            self._write_summary()
+        await relay.close()
+        return code
+
+    async def _start_child(self, environ: dict[str, str]) -> None:
+        ours, theirs = socket.socketpair()
+        options = self._options
+        environ = {
+            **environ,
+            **self._settings,
+            LINK_FD: str(theirs.fileno()),
+            PROGRESS_FD: str(self._progress.fd),
+            "HPCFT_RUN": json.dumps(
+                {
+                    "run_dir": str(options.run_dir),
+                    "spares": options.spares,
+                    "min_ranks": options.min_ranks,
+                    "on_failure": options.on_failure,
+                    "verbose": options.verbose,
+                    "warm": options.warm,
+                    "digest": options.digest,
+                    "terminal": sys.stderr.isatty() or bool(os.environ.get("HPCFT_TERMINAL")),
+                }
+            ),
+        }
+        how = ["-m"] if options.module else []
+        command = [sys.executable, "-m", "hpcft.world.rank", *how, *options.target]
+        self._child = Child(
+            command,
+            environ,
+            (theirs.fileno(), self._progress.fd),
+            self._rundir.log_file(self._place.rank),
+        )
+        theirs.close()
+        self._echo(0 if self._place.rank == 0 else None)
+        reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=1 << 24)
+        self._reading = asyncio.ensure_future(self._read_link(reader))
+
+    def _echo(self, logical: int | None) -> None:
+        everything = self._options.verbose >= 3
+        self._child.echo = logical == 0 or everything
+        self._child.prefix = b"" if logical == 0 else f"[{self._place.rank}] ".encode()
+
+    # -- the rank speaks -----------------------------------------------------------------------
+
+    async def _read_link(self, reader: asyncio.StreamReader) -> None:
+        while line := await reader.readline():
+            message = json.loads(line)
+            await getattr(self, f"_rank_{message['kind']}")(message)
+
+    def _tell(self, message: Message) -> None:
+        if not self._writer.is_closing():
+            self._writer.write(json.dumps(message).encode() + b"\n")
+
+    async def _rank_hello(self, message: Message) -> None:
+        place = self._place
+        if message["rank"] != place.rank or message["size"] != place.size:
+            self._start_failed(
+                f"the rank is {message['rank']} of {message['size']} in MPI, and not "
+                f"{place.rank} of {place.size}: mpi4py uses another MPI than the one that starts it"
+            )
+            return
+        peer = self._listener.peer(place.rank, place.node, place.host)
+        self._tell({"kind": "peer", "peer": vars(peer)})
+
+    async def _rank_table(self, message: Message) -> None:
+        peers = [Peer(**peer) for peer in message["peers"]]
+        fleet = Fleet(
+            self._place.rank,
+            peers,
+            self._options.timeout_detect,
+            self._learned,
+            self._hold,
+            self._fence,
+        )
+        await fleet.join(self._listener, bytes.fromhex(message["secret"]))
+        self._fleet = fleet
+        self._ready = True
+        self._start_timer.cancel()
+        self._tell({"kind": "ready"})
+
+    async def _rank_role(self, message: Message) -> None:
+        """The membership has changed: who is active, and what our rank is."""
+        self._active = set(message["active"])
+        self._echo(message["logical"])
+
+    async def _rank_said(self, message: Message) -> None:
+        """The rank is about to end, and says why."""
+        self._child.said = message["text"]
+
+    async def _rank_agreed(self, message: Message) -> None:
+        """All ranks have agreed that training is over: from now on ranks may leave."""
+        self._agreed = True
+
+    async def _rank_abort(self, message: Message) -> None:
+        """The rank has found out that the run cannot go on."""
+        self._end(message["code"], message["reason"])
+
+    # -- the rank ends or stops ----------------------------------------------------------------
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid != self._child.pid:
+                continue
+            if os.WIFSTOPPED(status):
+                self._stopped(time.time())
+            elif os.WIFCONTINUED(status):
+                self._continued()
+            else:
+                self._ended(self._child.end(status))
+
+    def _stopped(self, at: float) -> None:
+        if self._child.stopped_by_us or self._stop_timer or not self._ready:
+            return
+        loop = asyncio.get_running_loop()
+        self._stop_timer = loop.call_later(
+            self._options.timeout_detect * 0.75, self._kill_hung, "stopped (SIGSTOP)", at
+        )
+
+    def _continued(self) -> None:
+        if self._stop_timer:
+            self._stop_timer.cancel()
+            self._stop_timer = None
+
+    def _kill_hung(self, cause: str, at: float) -> None:
+        # Killed first and announced when it is reaped: nobody goes on while it could still speak.
+        self._dying = cause
+        self._died_at = at
+        self._child.kill()
+
+    def _ended(self, ending: Ending) -> None:
+        rank = self._place.rank
+        self._child.kill()
+        if not self._ready:
+            self._start_failed(f"rank {rank} ended while starting: {ending.cause}", ending.code)
+            return
+        assert self._fleet is not None
+        if rank in self._fleet.known("dead"):
+            return
+        # A script may do without job.run, or end before it: that is no failure if it says so by
+        # its exit code.
+        left = ending.code == 0 and not self._progress.read().running
+        if self._agreed or (left and not self._dying):
+            self._fleet.announce("done", rank, code=ending.code)
+            return
+        cause = self._dying or ending.cause
+        at = self._died_at if self._dying else time.time()
+        self._fleet.announce_death(Death(rank, cause, at, ending.code))
+
+    def _asked_to_end(self, number: int) -> None:
+        self._code = 128 + number
+        self._child.send(signal.SIGTERM)
+        loop = asyncio.get_running_loop()
+        reason = f"ended by {signal.Signals(number).name}"
+        loop.call_later(0.05, self._end, 128 + number, reason)
+
+    def _start_failed(self, reason: str, code: int = 1) -> None:
+        self._child.flush()
+        if not self._over.is_set():
+            print(f"hpcft: {reason}", file=sys.stderr, flush=True)
+        self._code = code or 1
+        self._over.set()
+
+    # -- the others speak ----------------------------------------------------------------------
+
+    def _learned(self, fact: Message) -> None:
+        kind, rank = fact["fact"], fact["rank"]
+        if kind == "dead":
+            if rank == self._place.rank:
+                self._child.kill()
+            else:
+                self._tell(
+                    {"kind": "failed", "rank": rank, "cause": fact["cause"], "at": fact["at"]}
+                )
+            self._deaths[rank] = Death(rank, fact["cause"], fact["at"], fact["code"])
+        elif kind == "done":
+            self._codes[rank] = fact["code"]
+        elif kind == "end":
+            if self._code is None:
+                self._code = fact["code"]
+            self._reason = fact["reason"]
+            self._over.set()
+        elif kind.startswith("stuck"):
+            self._watchdog.heard(rank, time.monotonic())
+        self._check_over()
+
+    def _check_over(self) -> None:
+        if self._fleet is None:
+            return
+        dead, done = self._fleet.known("dead"), self._fleet.known("done")
+        if len(dead | done) == self._place.size:
+            self._over.set()
+
+    def _hold(self, hold: bool) -> None:
+        self._child.hold(hold)
+
+    def _fence(self, reason: str) -> None:
+        self._child.kill()
+        if not self._over.is_set():
+            print(f"hpcft: rank {self._place.rank}: {reason}", file=sys.stderr, flush=True)
+        self._code = 4
+        self._over.set()
+
+    def _end(self, code: int, reason: str) -> None:
+        if self._fleet is None:
+            self._start_failed(reason, code)
+        else:
+            self._fleet.announce("end", self._place.rank, code=code, reason=reason)
+
+    def _exit_code(self) -> int:
+        if self._code is not None:
+            return self._code
+        if not self._codes:
+            # Nobody came to an agreed end: the first to fail speaks for all.
+            return min(self._deaths.values(), key=lambda death: death.at).code or 3
+        return next((self._codes[rank] for rank in sorted(self._codes) if self._codes[rank]), 0)
+
+    def _write_summary(self) -> None:
+        """Of a run that could not write its own, the lowest shepherd left does."""
+        assert self._fleet is not None
+        if self._place.rank != min(self._fleet.standing()) or self._rundir.summary_file.exists():
+            return
+        last = max(self._deaths.values(), key=lambda death: death.at, default=None)
+        reason = self._reason or (f"all ranks failed, the last: {last.cause}" if last else "")
+        events = self._rundir.events()
+        step = max((event.step for event in events), default=0)
+        self._rundir.append([Event("failed", step, detail={"reason": reason})])
+        self._rundir.write_summary(summarise(self._rundir.events()))
+        if self._options.verbose:
+            print(f"hpcft: the run has failed: {reason}", file=sys.stderr, flush=True)
+
+    # -- looking after the rank ----------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        if not self._options.timeout_progress:
+            return
+        while True:
+            await asyncio.sleep(min(0.5, self._options.timeout_progress / 8))
+            if not self._ready or self._fleet is None or self._child.stopped_by_us:
+                continue
+            now = time.monotonic()
+            finding = self._watchdog.look(now, self._child.cpu_seconds)
+            if finding == "stuck":
+                self._child.send(STACKS_SIGNAL)
+                await asyncio.sleep(0.2)
+                seconds = self._options.timeout_progress
+                self._kill_hung(f"stuck: no step for {seconds:g} s", time.time() - seconds)
+                return
+            if finding == "waiting":
+                self._fleet.announce(f"stuck {self._watchdog.times}", self._place.rank)
+                alive = self._active - self._fleet.known("dead")
+                if self._watchdog.all_waiting(alive, now):
+                    self._child.send(STACKS_SIGNAL)
+                    await asyncio.sleep(0.2)
+                    self._end(
+                        3, "all ranks wait for each other and no step advances; their stacks are "
+                        "in the logs",
+                    )
+

@@ -1,0 +1,73 @@
+"""Telling a rank that is stuck from one that computes or waits.
+
+A rank that neither completes steps, nor waits for others, nor uses the processor is stuck: a
+deadlock of its own threads, a read that never returns. One that computes uses the processor; one
+that waits inside a collective is a victim. If *all* wait, the collective itself is stuck.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from hpcft.world.progress import Progress, Reading
+
+#: Share of the time a rank must have used the processor to count as computing.
+_BUSY = 0.02
+
+
+class Watchdog:
+    """Judges one rank from its progress page.
+
+    Parameters
+    ----------
+    progress: the page.
+    timeout: seconds without progress after which the rank counts as stuck; 0 means never.
+    """
+
+    def __init__(self, progress: Progress, timeout: float) -> None:
+        self._progress = progress
+        self._timeout = timeout
+        self._last: Reading | None = None
+        self._since = 0.0
+        self._cpu: float | None = None
+        self._heard: dict[int, float] = {}
+        #: How often the rank was found waiting for too long.
+        self.times = 0
+
+    def look(
+        self, now: float, cpu_seconds: Callable[[], float]
+    ) -> Literal["fine", "stuck", "waiting"]:
+        """Judge.
+
+        Parameters
+        ----------
+        now: a monotonic clock, in seconds.
+        cpu_seconds: gives the processor time the rank has used; asked only now and then, for it
+            is not cheap.
+        """
+        reading = self._progress.read()
+        if reading != self._last or not reading.running:
+            self._last, self._since, self._cpu = reading, now, None
+            return "fine"
+        if self._cpu is None:
+            # Only now, for while steps follow each other quickly nobody needs to know.
+            self._cpu = cpu_seconds()
+        if now - self._since < self._timeout:
+            return "fine"
+        if reading.waiting:
+            self._since = now - self._timeout / 2
+            self.times += 1
+            return "waiting"
+        if cpu_seconds() - self._cpu > _BUSY * (now - self._since):
+            self._since, self._cpu = now, None
+            return "fine"
+        return "stuck"
+
+    def heard(self, rank: int, now: float) -> None:
+        """``rank`` was found to wait for too long, by its own shepherd."""
+        self._heard[rank] = now
+
+    def all_waiting(self, ranks: set[int], now: float) -> bool:
+        """Whether every one of ``ranks`` has lately been found to wait for too long."""
+        return all(now - self._heard.get(rank, -1e9) <= self._timeout for rank in ranks)

@@ -1,0 +1,57 @@
+"""The log of a run: one JSON object a line in ``events.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to the run.
+
+    kind: ``start``, ``failure``, ``detection``, ``adoption``, ``shrink``, ``resume``,
+        ``recovered`` (the first step after a resume is done), ``finish`` or ``failed``.
+    step: number of steps completed when it happened.
+    ranks: the logical ranks concerned.
+    epoch: the membership's epoch, so that nothing of a former world is taken for the present.
+    time: seconds since 1970.
+    detail: what else there is to say, by kind.
+    """
+
+    kind: str
+    step: int
+    ranks: tuple[int, ...] = ()
+    epoch: int = 0
+    time: float = field(default_factory=time.time)
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+def append(path: Path, events: list[Event]) -> None:
+    """Add ``events`` to the log at ``path``, each as a line, all in one write."""
+    if not events:
+        return
+    lines = b"".join(json.dumps(asdict(e)).encode() + b"\n" for e in events)
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(fd, lines)
+    finally:
+        os.close(fd)
+
+
+def read(path: Path) -> Iterator[Event]:
+    """The events of a log, in order; a torn last line (its writer was killed) is left out."""
+    if not path.exists():
+        return
+    with path.open() as file:
+        for line in file:
+            try:
+                fields = json.loads(line)
+            except ValueError:
+                continue
+            yield Event(**{**fields, "ranks": tuple(fields["ranks"])})

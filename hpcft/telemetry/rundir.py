@@ -1,0 +1,77 @@
+"""The run directory: where a run leaves what people and later runs need.
+
+::
+
+    ranks.json     logical rank -> world rank, host, pid, role; kept current through failures
+    events.jsonl   one line an event
+    summary.json   written at the end
+    logs/          stdout and stderr of every process, rank-<world rank>.log
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpcft.telemetry import events as log
+from hpcft.telemetry.events import Event
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The files of one run under ``path``."""
+
+    path: Path
+
+    @property
+    def ranks_file(self) -> Path:
+        return self.path / "ranks.json"
+
+    @property
+    def events_file(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def summary_file(self) -> Path:
+        return self.path / "summary.json"
+
+    def log_file(self, world: int) -> Path:
+        """Where process ``world``'s output goes."""
+        return self.path / "logs" / f"rank-{world}.log"
+
+    def create(self) -> None:
+        """Make the directory, and clear what a former run left under the names above.
+
+        Raises
+        ------
+        OSError: it cannot be made or written to.
+        """
+        (self.path / "logs").mkdir(parents=True, exist_ok=True)
+        for file in (self.ranks_file, self.events_file, self.summary_file):
+            file.unlink(missing_ok=True)
+
+    def events(self) -> list[Event]:
+        """All events so far."""
+        return list(log.read(self.events_file))
+
+    def append(self, events: list[Event]) -> None:
+        """Add events to the log."""
+        log.append(self.events_file, events)
+
+    def write_ranks(self, table: dict[str, Any]) -> None:
+        """Replace ``ranks.json``."""
+        _replace(self.ranks_file, table)
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Replace ``summary.json``."""
+        _replace(self.summary_file, summary)
+
+
+def _replace(path: Path, content: dict[str, Any]) -> None:
+    # A reader sees the old file or the new one, never half of one.
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    aside.replace(path)

@@ -1,0 +1,1 @@
+"""PyTorch training on the recoverable world."""

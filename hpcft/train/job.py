@@ -1,0 +1,392 @@
+"""The training job: runs the user's loop, and runs on when ranks fail."""
+
+from __future__ import annotations
+
+import enum
+import random
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import numpy
+import torch
+from mpi4py import MPI
+from torch.nn.parallel import DistributedDataParallel
+
+from hpcft.errors import HpcftError
+from hpcft.train.averaging import averaging_hook
+from hpcft.train.console import ProgressLine
+from hpcft.train.process_group import WorldProcessGroup, install
+from hpcft.train.sampler import ElasticBatchSampler
+from hpcft.train.state import Savepoint, State
+from hpcft.train.transfer import Arrival, give, group
+from hpcft.world.link import Failure
+from hpcft.world.recovery import Recovered, Report, Transfer
+from hpcft.world.session import Session
+
+OnShrink = Literal["keep-lr", "scale-lr", "keep-global-batch"]
+
+
+class Outcome(enum.Enum):
+    """How a stretch of training ended.
+
+    OVER: all ranks have agreed that training is over.
+    AGREED: all have agreed to recover.
+    BROKEN_OFF: this rank has met a failure; the others do not know yet.
+    """
+
+    OVER = enum.auto()
+    AGREED = enum.auto()
+    BROKEN_OFF = enum.auto()
+
+
+#: Steps a spare tries out: the second, for DistributedDataParallel settles its buckets in it.
+_DRY_STEPS = 2
+
+
+class StepInterrupted(BaseException):
+    """A rank has failed; the step is broken off at one of its two edges.
+
+    Not an Exception, so that a training loop's ``except Exception`` lets it pass.
+    """
+
+
+class _DryRunOver(BaseException):
+    """The dry steps are done."""
+
+
+class Job:
+    """This process's part in a training that survives failures. Made by :func:`hpcft.init`.
+
+    A step is a transaction. A failure surfaces only at its two edges: before the first
+    ``optimizer.step()``, when nothing tracked has changed yet, and at the end of
+    ``state.commit()``, when all has. In between the collectives of a broken world do nothing, so
+    that the script comes to the next edge by itself.
+    """
+
+    def __init__(self, session: Session, seed: int, on_shrink: OnShrink) -> None:
+        self._session = session
+        self._world = session.world
+        self._seed = seed
+        self._on_shrink = on_shrink
+        options = session.options
+        self._line = ProgressLine(options["terminal"]) if options["verbose"] else None
+        self._launched_size = len(self._world.membership.active)
+        self._group = WorldProcessGroup(0, self._launched_size, self._world.progress)
+        #: Factor a rank's gradients are multiplied with before they are added up.
+        self.scale = 1 / self._launched_size
+        self._stepped = 0
+        self._broken = False
+        self._whole = True
+        self._dry = 0
+        self._savepoint: Savepoint | None = None
+        self._samplers: list[ElasticBatchSampler] = []
+        self._raised: dict[int, tuple[int, str]] = {}
+        self._warmed = False
+        if self._world.active is None:
+            # Like the last rank: script code for rank 0 (printing, saving) is not run on spares.
+            self._group.park(self._launched_size - 1, self._launched_size)
+        else:
+            self._group.attach(self._world.active)
+        install(self._group)
+
+    @property
+    def rank(self) -> int:
+        """Logical rank of this process; a parked spare says it is the last."""
+        logical = self._world.logical
+        return self.size - 1 if logical is None else logical
+
+    @property
+    def size(self) -> int:
+        """Number of ranks that train."""
+        return len(self._world.membership.active)
+
+    @property
+    def spare(self) -> bool:
+        """Whether this process is a parked spare."""
+        return self._world.logical is None
+
+    def run(self, train: Callable[[State], None], state: State) -> None:
+        """Train, whatever happens to the ranks.
+
+        ``train(state)`` is called, and called again after every recovery; it must go on from where
+        ``state`` says. This method returns in all ranks once all have returned from ``train``; on
+        spares that were not needed it ends the process.
+
+        Raises
+        ------
+        TooFewRanks: fewer ranks are left than the run may go on with.
+        StateLost: no survivor has a whole copy of the state.
+        """
+        self._bind(state)
+        self._warmed = not self.spare
+        if self.spare and self._session.options["warm"]:
+            self._warm_up(train, state)
+        outcome = self._stretch(train, state)
+        while outcome is not Outcome.OVER:
+            if not self._warmed:
+                self._warm_up(train, state)
+            self._recover(state, outcome is Outcome.AGREED)
+            outcome = self._stretch(train, state)
+        self._finish(state)
+
+    def _bind(self, state: State) -> None:
+        """Have the state's edges lead here."""
+        if not list(state.optimizers()):
+            raise HpcftError(
+                "the state tracks no optimizer", "give it to hpcft.State(optimizer=...)"
+            )
+        for module in state.modules():
+            if isinstance(module, DistributedDataParallel):
+                module.register_comm_hook(self, averaging_hook)
+        for optimizer in state.optimizers():
+            optimizer.register_step_pre_hook(self._before_step)
+            optimizer.register_step_post_hook(self._after_step)
+        state.__dict__["_commit"] = lambda metrics: self._commit(state, metrics)
+        self._samplers = [p for p in state.parts.values() if isinstance(p, ElasticBatchSampler)]
+        if self._on_shrink == "keep-global-batch" and len(self._samplers) != 1:
+            raise HpcftError(
+                'on_shrink="keep-global-batch" needs to know the batches',
+                "track exactly one hpcft.ElasticBatchSampler in the state",
+            )
+        self._place(state)
+        self._savepoint = Savepoint(state)
+
+    def _place(self, state: State) -> None:
+        """Tell the samplers who we are, and begin the step that the state is at."""
+        for sampler in self._samplers:
+            keep = self._on_shrink == "keep-global-batch"
+            whole = sampler.batch_size * self._launched_size if keep else None
+            sampler.place(self.rank, self.size, whole)
+        self._begin_step(state)
+
+    def _begin_step(self, state: State) -> None:
+        self._stepped = 0
+        self._broken = False
+        self.scale = 1 / self.size
+        if self._on_shrink == "keep-global-batch":
+            sampler = self._samplers[0]
+            self.scale = sampler.local_count / (sampler.batch_size * self._launched_size)
+        mixed = random.Random(f"{self._seed} {self.rank} {state.step}").getrandbits(63)
+        torch.manual_seed(mixed)
+        numpy.random.seed(mixed & 0xFFFFFFFF)
+        random.seed(mixed)
+
+    # -- the edges of a step -------------------------------------------------------------------
+
+    def _failed(self) -> bool:
+        if self._group.failure is not None and self._world.link is None:
+            raise self._group.failure
+        return self._group.failure is not None or self._world.broken()
+
+    def _before_step(self, *_: object) -> None:
+        if self._dry or not self._failed():
+            return
+        if self._stepped == 0:
+            raise StepInterrupted
+        # Another optimizer has stepped already, and this one steps on gradients nobody added up.
+        self._broken = True
+
+    def _after_step(self, *_: object) -> None:
+        self._stepped += 1
+
+    def _commit(self, state: State, metrics: dict[str, float]) -> None:
+        if self._dry:
+            self._dry -= 1
+            if not self._dry:
+                raise _DryRunOver
+            return
+        state.__dict__["step"] += 1
+        for sampler in self._samplers:
+            sampler.advance()
+        # A collective that failed after the optimizer's step has given its caller a wrong answer;
+        # one that failed in a step without any optimizer's step, wrong gradients to who knows what.
+        self._whole = self._group.failure is None
+        self._broken = self._broken or (not self._whole and self._stepped == 0)
+        assert self._savepoint is not None
+        self._savepoint.renew()
+        self._world.progress.step(state.step)
+        if self._session.journal:
+            self._session.journal.stepped(state.step)
+        if self._line and self._world.logical == 0:
+            self._line.step(state.step, self.size, metrics)
+        if self._failed():
+            raise StepInterrupted
+        self._begin_step(state)
+
+    # -- between failures ----------------------------------------------------------------------
+
+    def _stretch(self, train: Callable[[State], None], state: State) -> Outcome:
+        """Train, or wait as a spare, until all is over or somebody fails."""
+        self._world.progress.run(not self.spare)
+        if self.spare:
+            return Outcome.OVER if self._world.park() else Outcome.AGREED
+        try:
+            if self._world.membership.epoch == 0:
+                self._start(state)
+            train(state)
+        except StepInterrupted:
+            return Outcome.BROKEN_OFF
+        except MPI.Exception:
+            return Outcome.BROKEN_OFF
+        except Exception:
+            # What a script does with the results of a broken world says nothing about the script.
+            if not self._failed():
+                raise
+            self._broken = self._broken or self._stepped > 0
+            if self._line:
+                self._line.say("hpcft: dropped, as a rank has failed: " + traceback.format_exc())
+            return Outcome.BROKEN_OFF
+        return Outcome.OVER if self._world.finish() else Outcome.AGREED
+
+    def _start(self, state: State) -> None:
+        """Have all ranks begin with the state of rank 0."""
+        assert self._world.active is not None
+        comm = self._world.active
+        self._world.progress.enter()
+        try:
+            if comm.size > 1 and not state.sharded():
+                if comm.rank == 0:
+                    give(comm, state.take_apart())
+                else:
+                    arrival = Arrival(state, in_place=True)
+                    arrival.receive(comm, 0)
+                    arrival.install()
+        finally:
+            self._world.progress.leave()
+        self._place(state)
+        assert self._savepoint is not None
+        self._savepoint.renew()
+        if self._session.journal:
+            self._session.journal.started()
+
+    def _warm_up(self, train: Callable[[State], None], state: State) -> None:
+        """Run a few steps for nobody, so that all that is made on first use is made."""
+        self._dry = _DRY_STEPS
+        try:
+            train(state)
+        except _DryRunOver:
+            pass
+        except Exception:
+            print("hpcft: the dry steps of a spare failed:", file=sys.stderr)
+            traceback.print_exc()
+        self._dry = 0
+        self._warmed = True
+
+    # -- failures ------------------------------------------------------------------------------
+
+    def _recover(self, state: State, agreed: bool) -> None:
+        was_spare = self.spare
+        world, link = self._world, self._world.link
+        assert link is not None
+        assert self._savepoint is not None
+        if not was_spare and not self._broken:
+            self._savepoint.restore()
+        report = Report(
+            world.world,
+            -1 if was_spare else state.step,
+            whole=self._whole,
+            broken=self._broken or state.sharded(),
+        )
+        arrival = Arrival(state, in_place=was_spare)
+
+        def transfer(comm: MPI.Intracomm, plan: Transfer) -> None:
+            nonlocal arrival
+            movers = group(comm, plan)
+            if movers is None:
+                return
+            if movers.rank == 0:
+                give(movers, state.take_apart())
+            else:
+                arrival = Arrival(state, in_place=was_spare)
+                arrival.receive(movers, 0)
+
+        before = self.size
+        recovery = world.recover(report, transfer, agreed)
+        if world.logical is not None:
+            assert world.active is not None
+            if world.logical in recovery.transfer.receivers:
+                arrival.install()
+            self._group.attach(world.active)
+            if self._on_shrink == "scale-lr" and self.size != before:
+                _scale_learning_rate(state, self.size / before)
+            self._whole = True
+            self._place(state)
+            self._savepoint = Savepoint(state)
+            link.send("role", logical=world.logical, active=world.membership.active)
+        self._tell(recovery)
+
+    def _tell(self, recovery: Recovered) -> None:
+        link, journal, healing = self._world.link, self._session.journal, recovery.healing
+        assert link is not None
+        dead = [healing.before.active[r] for r in healing.failed] + list(healing.spares_lost)
+        # Only the writer needs the causes at once, and by now they are on their way.
+        patience = 0.5 if self._world.logical == 0 else 0.0
+        for world in dead:
+            link.failure(world, patience)
+        if journal:
+            journal.recovered(recovery, link.failures)
+        self._give_up_on_repetition(recovery)
+        if self._line and self._world.logical == 0:
+            self._line.say(_in_words(recovery, link.failures, self._world.hosts))
+
+    def _give_up_on_repetition(self, recovery: Recovered) -> None:
+        """A script that raises wherever and by whomever it is run is not a failure to heal."""
+        link = self._world.link
+        assert link is not None
+        for logical in recovery.healing.failed:
+            failure = link.failures.get(recovery.healing.before.active[logical])
+            if failure and failure.cause.startswith("exit code"):
+                here = (recovery.transfer.step, failure.cause)
+                if self._raised.get(logical) == here:
+                    raise HpcftError(
+                        f"rank {logical} failed twice at step {here[0]} in the same way: {here[1]}",
+                        f"see the log of process {failure.rank} in the run directory",
+                    )
+                self._raised[logical] = here
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def _finish(self, state: State) -> None:
+        self._world.progress.run(False)
+        if self._world.link:
+            self._world.link.send("agreed")
+        if self.spare:
+            raise SystemExit(0)
+        if self._session.journal:
+            wanted = self._session.options["digest"] and self._world.logical == 0
+            self._session.journal.finished(state.step, state.digest() if wanted else None)
+
+
+def _scale_learning_rate(state: State, factor: float) -> None:
+    for part in state.parts.values():
+        if isinstance(part, torch.optim.Optimizer):
+            for settings in part.param_groups:
+                settings["lr"] *= factor
+                if "initial_lr" in settings:
+                    settings["initial_lr"] *= factor
+        elif isinstance(part, torch.optim.lr_scheduler.LRScheduler):
+            part.base_lrs = [lr * factor for lr in part.base_lrs]
+
+
+def _in_words(
+    recovery: Recovered, failures: Mapping[int, Failure], hosts: Mapping[int, str]
+) -> str:
+    healing = recovery.healing
+    adopted = {adoption.failed: adoption.world for adoption in healing.adoptions}
+    said = []
+    for world in (*(healing.before.active[r] for r in healing.failed), *healing.spares_lost):
+        failure = failures.get(world)
+        logical = healing.before.logical(world)
+        name = f"spare {world}" if logical is None else f"rank {logical}"
+        then = f", process {adopted[world]} on {hosts[adopted[world]]} took over" * (
+            world in adopted
+        )
+        said.append(f"{name} on {hosts[world]} failed ({failure.cause if failure else '?'}){then}")
+    active, spares = len(healing.after.active), len(healing.after.spares)
+    milliseconds = 1000 * (recovery.ended - recovery.began)
+    return (
+        f"hpcft: {'; '.join(said)}. Going on at step {recovery.transfer.step} with {active} ranks "
+        f"and {spares} spares, recovered in {milliseconds:.0f} ms"
+    )

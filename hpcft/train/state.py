@@ -1,0 +1,239 @@
+"""What training consists of, and its movement from rank to rank."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from hpcft.errors import HpcftError
+
+if TYPE_CHECKING:
+    from hpcft.train.job import Job
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Stands for a tensor in a state's skeleton."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Slot:
+        return cls(tensor.dtype, tuple(tensor.shape), tensor.device)
+
+
+@dataclass
+class Contents:
+    """A state taken apart.
+
+    skeleton: the state with a Slot for each tensor; can be pickled.
+    tensors: the tensors, in the order of their slots; they alias the live ones where possible.
+    """
+
+    skeleton: Any
+    tensors: list[torch.Tensor]
+
+
+class State:
+    """Everything that must survive: model, optimizer, and whatever else training goes on from.
+
+    ::
+
+        state = hpcft.State(model=model, optimizer=optimizer, scheduler=scheduler, best=0.0)
+
+    Arguments with ``state_dict`` and ``load_state_dict`` (modules, optimizers, schedulers,
+    samplers) are *parts*. All others are plain values, read and set as attributes
+    (``state.best``); they must be picklable, and replaced rather than changed in place. What is
+    not in the state does not survive: a rank that is adopted has it as it was built.
+
+    Random numbers: at the beginning of every step the generators of torch, numpy and random are
+    seeded from (the job's seed, logical rank, step), so that whoever plays a rank draws what it
+    would have drawn.
+
+    Parameters
+    ----------
+    parts: what to track, by name.
+
+    Attributes
+    ----------
+    step: number of steps committed.
+    """
+
+    def __init__(self, **parts: Any) -> None:
+        set_ = super().__setattr__
+        set_("parts", {})
+        set_("values", {})
+        set_("step", 0)
+        set_("_commit", None)
+        for name, part in parts.items():
+            if hasattr(type(self), name) or name in ("parts", "values", "step"):
+                raise HpcftError(f"a state cannot have a part called {name!r}", "choose another")
+            if hasattr(part, "state_dict") and hasattr(part, "load_state_dict"):
+                self.parts[name] = part
+            else:
+                self.values[name] = part
+
+    # Declared for type checkers; set in __init__ past __setattr__.
+    parts: dict[str, Any]
+    values: dict[str, Any]
+    step: int
+    _commit: Callable[[dict[str, float]], None] | None
+
+    def __getattr__(self, name: str) -> Any:
+        for store in ("values", "parts"):
+            found = self.__dict__.get(store, {})
+            if name in found:
+                return found[name]
+        raise AttributeError(f"the state has no {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__:
+            super().__setattr__(name, value)
+        elif name in self.parts:
+            raise AttributeError(f"{name!r} is tracked by the state and cannot be replaced")
+        else:
+            self.values[name] = value
+
+    def commit(self, **metrics: float) -> None:
+        """The step is done: everything tracked is as it shall be if training goes on from here.
+
+        Parameters
+        ----------
+        metrics: numbers to show on the progress line, such as the loss.
+
+        Raises
+        ------
+        StepInterrupted: somebody has failed; ``job.run`` handles it, let it pass.
+        """
+        if self._commit is None:
+            raise HpcftError("commit() was called outside job.run()", "call it in the train function")
+        self._commit(metrics)
+
+    # -- for the job ---------------------------------------------------------------------------
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """The parts that are modules."""
+        return (part for part in self.parts.values() if isinstance(part, torch.nn.Module))
+
+    def optimizers(self) -> Iterator[torch.optim.Optimizer]:
+        """The parts that are optimizers."""
+        return (part for part in self.parts.values() if isinstance(part, torch.optim.Optimizer))
+
+    def take_apart(self) -> Contents:
+        """The state as skeleton and tensors."""
+        tree = {
+            "step": self.step,
+            "values": self.values,
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+        }
+        leaves, spec = pytree.tree_flatten(tree)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        slots = [Slot.of(x) if isinstance(x, torch.Tensor) else x for x in leaves]
+        return Contents(pytree.tree_unflatten(slots, spec), tensors)
+
+    def install(self, skeleton: Any, tensors: list[torch.Tensor]) -> None:
+        """Take over a state received as skeleton and tensors; inverse of :meth:`take_apart`.
+
+        Tensors that are the live ones already (received in place) are not copied again.
+        """
+        supply = iter(tensors)
+        tree = pytree.tree_map(
+            lambda leaf: next(supply) if isinstance(leaf, Slot) else leaf, skeleton
+        )
+        self.step = tree["step"]
+        self.values.clear()
+        self.values.update(tree["values"])
+        for name, part in self.parts.items():
+            content = tree["parts"][name]
+            if isinstance(part, torch.optim.Optimizer) and _same_tensors(part, content):
+                # load_state_dict would copy what is in place already.
+                for live, new in zip(part.param_groups, content["param_groups"], strict=True):
+                    live.update({k: v for k, v in new.items() if k != "params"})
+            else:
+                part.load_state_dict(content)
+
+    def digest(self) -> str:
+        """SHA-256 over names, types, shapes and bytes of all tensors of the tracked modules.
+
+        Modules wrapped by DistributedDataParallel count as what they wrap.
+        """
+        sha = hashlib.sha256()
+        for name, part in sorted(self.parts.items()):
+            if isinstance(part, torch.nn.Module):
+                inner = getattr(part, "module", part)
+                for key, value in sorted(inner.state_dict().items()):
+                    if isinstance(value, torch.Tensor):
+                        sha.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}\n".encode())
+                        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                        sha.update(data.numpy())
+        return sha.hexdigest()
+
+    def buffers(self) -> list[torch.Tensor]:
+        """Tensors a forward pass may change: the modules' buffers."""
+        return [buffer for module in self.modules() for buffer in module.buffers()]
+
+    def sharded(self) -> bool:
+        """Whether a rank holds only its shard of some parameter (FSDP, DTensor)."""
+        return any(
+            hasattr(parameter, "device_mesh")
+            for module in self.modules()
+            for parameter in module.parameters()
+        )
+
+
+def _same_tensors(optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> bool:
+    live = pytree.tree_leaves(optimizer.state_dict()["state"])
+    new = pytree.tree_leaves(content["state"])
+    return len(live) == len(new) and all(
+        a is b or (isinstance(a, torch.Tensor) and a.data_ptr() == b.data_ptr()) or a == b
+        for a, b in zip(live, new, strict=True)
+    )
+
+
+class Savepoint:
+    """The small things a step that is broken off may have changed already.
+
+    Parameters, and what the optimizer keeps, change only in ``optimizer.step()``, and a step is
+    broken off before that or after its commit. Buffers (running means), values and the gradients
+    are changed on the way there.
+    """
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._buffers = state.buffers()
+        self._copies = [buffer.clone() for buffer in self._buffers]
+        self._values = dict(state.values)
+
+    def renew(self) -> None:
+        """Remember the state as it is now."""
+        for copy_, buffer in zip(self._copies, self._buffers, strict=True):
+            copy_.copy_(buffer)
+        self._values = dict(self._state.values)
+
+    def restore(self) -> None:
+        """Bring back what was remembered, and drop the gradients."""
+        for copy_, buffer in zip(self._copies, self._buffers, strict=True):
+            buffer.copy_(copy_)
+        self._state.values.clear()
+        self._state.values.update(copy.copy(self._values))
+        for optimizer in self._state.optimizers():
+            optimizer.zero_grad(set_to_none=True)
+
+
+def dump(skeleton: Any) -> bytes:
+    """A skeleton as bytes."""
+    return pickle.dumps(skeleton)
+
+
+def load(data: bytes) -> Any:
+    """The inverse of :func:`dump`."""
+    return pickle.loads(data)

@@ -1,0 +1,1 @@
+"""The recoverable world: who is in it, and how it heals. Knows no torch."""

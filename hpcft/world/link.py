@@ -1,0 +1,114 @@
+"""A rank's connection to its shepherd, from the rank's side.
+
+Messages are JSON objects, one a line, over a socket pair. The shepherd tells of deaths; a thread
+here passes each on to the MPI library (:mod:`hpcft.world.notify`) and wakes who waits for news.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hpcft.world.progress import Progress
+
+#: Environment variables by which the shepherd hands its rank the two descriptors.
+LINK_FD = "HPCFT_LINK_FD"
+PROGRESS_FD = "HPCFT_PROGRESS_FD"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A process that failed, as the shepherds know it.
+
+    rank: world rank.
+    cause: in words.
+    at: when it failed, as far as is known; seconds since 1970.
+    known: when this rank was told.
+    """
+
+    rank: int
+    cause: str
+    at: float
+    known: float
+
+
+class Link:
+    """The rank's end of the connection.
+
+    ``news`` is set whenever a failure has become known; who waits on it clears it.
+    """
+
+    def __init__(self, sock: socket.socket, progress: Progress) -> None:
+        self._socket = sock
+        self._reader = sock.makefile("r")
+        self._lock = threading.Lock()
+        self.progress = progress
+        self.news = threading.Event()
+        self.failures: dict[int, Failure] = {}
+
+    @classmethod
+    def inherited(cls) -> Link | None:
+        """The link this process was started with, or None when it has no shepherd."""
+        if LINK_FD not in os.environ:
+            return None
+        # Taken out of the environment: a subprocess of the rank has no part in the link.
+        sock = socket.socket(fileno=int(os.environ.pop(LINK_FD)))
+        page = int(os.environ.pop(PROGRESS_FD))
+        for fd in (sock.fileno(), page):
+            os.set_inheritable(fd, False)
+        return cls(sock, Progress(page))
+
+    def send(self, kind: str, **fields: object) -> None:
+        """Tell the shepherd something."""
+        with self._lock:
+            self._socket.sendall(json.dumps({"kind": kind, **fields}).encode() + b"\n")
+
+    def receive(self) -> dict[str, Any]:
+        """The shepherd's next message; only before :meth:`listen`.
+
+        Raises
+        ------
+        EOFError: the shepherd is gone.
+        """
+        line = self._reader.readline()
+        if not line:
+            raise EOFError("the shepherd has closed its link")
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    def failure(self, rank: int, patience: float) -> Failure | None:
+        """What is known of the failure of ``rank``, waiting up to ``patience`` seconds for it.
+
+        MPI can have told of a failure before the shepherd's message has been read.
+        """
+        deadline = time.monotonic() + patience
+        while rank not in self.failures and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return self.failures.get(rank)
+
+    def listen(self, on_failure: Callable[[int], None]) -> None:
+        """Start the thread that takes news from now on.
+
+        Parameters
+        ----------
+        on_failure: called in that thread with the world rank of every process that failed,
+            before anybody waiting on ``news`` is woken.
+        """
+
+        def run() -> None:
+            for line in self._reader:
+                message = json.loads(line)
+                failure = Failure(
+                    message["rank"], message["cause"], message["at"], known=time.time()
+                )
+                self.failures[failure.rank] = failure
+                on_failure(failure.rank)
+                self.news.set()
+
+        threading.Thread(target=run, name="hpcft-link", daemon=True).start()

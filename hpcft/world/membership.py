@@ -1,0 +1,139 @@
+"""Who is in the world, as pure data; and what becomes of it when ranks die.
+
+Two numbers name a process. Its *world* rank is fixed for its life: the rank it has in
+``MPI_COMM_WORLD``. Its *logical* rank is the part it plays in training; a spare has none until
+it takes over that of a failed rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hpcft.errors import TooFewRanks
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What to do about a failure.
+
+    substitute: let a spare take the failed logical rank while there are spares.
+    shrink: go on with fewer ranks when there are none.
+    min_ranks: never go on with fewer active ranks than this.
+    """
+
+    substitute: bool = True
+    shrink: bool = True
+    min_ranks: int = 1
+
+
+@dataclass(frozen=True)
+class Membership:
+    """The world of one epoch.
+
+    epoch: counts the recoveries; 0 is the world as launched.
+    active: ``active[logical]`` is the world rank that plays ``logical``.
+    spares: world ranks that are parked, in order of launch.
+    """
+
+    epoch: int
+    active: tuple[int, ...]
+    spares: tuple[int, ...]
+
+    @classmethod
+    def launch(cls, size: int, spares: int) -> Membership:
+        """The world of ``size`` processes of which the last ``spares`` are parked."""
+        return cls(0, tuple(range(size - spares)), tuple(range(size - spares, size)))
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        return tuple(sorted((*self.active, *self.spares)))
+
+    def logical(self, world: int) -> int | None:
+        """The logical rank that process ``world`` plays, or None for a spare or a stranger."""
+        return self.active.index(world) if world in self.active else None
+
+
+@dataclass(frozen=True)
+class Adoption:
+    """Process ``world``, a spare until now, plays ``logical`` from now on in place of ``failed``."""
+
+    logical: int
+    world: int
+    failed: int
+
+
+@dataclass(frozen=True)
+class Healing:
+    """The step from one membership to the next.
+
+    failed: logical ranks (of the old membership) whose process died.
+    adoptions: those of them a spare took over.
+    dropped: those of them nobody plays any more; the ranks above moved down.
+    spares_lost: world ranks of spares that died.
+    """
+
+    before: Membership
+    after: Membership
+    failed: tuple[int, ...]
+    adoptions: tuple[Adoption, ...]
+    dropped: tuple[int, ...]
+    spares_lost: tuple[int, ...]
+
+    @property
+    def action(self) -> str:
+        """``substitute``, ``shrink``, ``substitute+shrink`` or ``none`` (only spares died)."""
+        parts = ["substitute"] * bool(self.adoptions) + ["shrink"] * bool(self.dropped)
+        return "+".join(parts) or "none"
+
+
+def heal(
+    before: Membership, alive: frozenset[int], hosts: Mapping[int, str], policy: Policy
+) -> Healing:
+    """Work out the next membership from who is left.
+
+    Every survivor calls this with the same arguments and so comes to the same answer; nothing
+    is negotiated. A spare on a host where nothing has just died is preferred, for a failure is
+    often the host's.
+
+    Parameters
+    ----------
+    before: the last membership all survivors agreed on.
+    alive: world ranks that are left.
+    hosts: host name of every world rank.
+    policy: what is allowed.
+
+    Raises
+    ------
+    TooFewRanks: fewer than ``policy.min_ranks`` would be left, or the policy forbids what
+        would be needed.
+    """
+    failed = tuple(r for r, w in enumerate(before.active) if w not in alive)
+    spares = [w for w in before.spares if w in alive]
+    suspect = {hosts[w] for w in before.members if w not in alive}
+    active: list[int | None] = [w if w in alive else None for w in before.active]
+    adoptions: list[Adoption] = []
+    if policy.substitute:
+        for logical in failed:
+            if not spares:
+                break
+            # min() keeps launch order among equals.
+            spare = min(spares, key=lambda w: hosts[w] in suspect)
+            spares.remove(spare)
+            active[logical] = spare
+            adoptions.append(Adoption(logical, spare, before.active[logical]))
+    dropped = tuple(r for r, w in enumerate(active) if w is None)
+    left = tuple(w for w in active if w is not None)
+    if dropped and not policy.shrink:
+        raise TooFewRanks(
+            f"no spare is left for rank {', '.join(map(str, dropped))}, and shrinking is not allowed",
+            "give more --spares, or allow it with --on-failure substitute,shrink",
+        )
+    if len(left) < max(policy.min_ranks, 1):
+        raise TooFewRanks(
+            f"{len(left)} ranks are left and --min-ranks is {policy.min_ranks}",
+            "give more --spares or a lower --min-ranks",
+        )
+    after = Membership(before.epoch + 1, left, tuple(spares))
+    lost = tuple(w for w in before.spares if w not in alive)
+    return Healing(before, after, failed, tuple(adoptions), dropped, lost)

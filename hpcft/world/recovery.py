@@ -1,0 +1,351 @@
+"""The recoverable world over MPI: how survivors come to the same new world.
+
+All processes, spares included, share the *pool* communicator; those that train share *active*, in
+which the rank is the logical rank. Each process is in one of these states::
+
+          +---------------------------- RUN (active) / PARKED (spare) <-----------+
+          |                                |                                      |
+          | train() returned               | an MPI error, news of a death,       |
+          | (spare: told "finish")         | or the pool was revoked              |
+          v                                v                                      |
+       FINISH: agree(1)                 REVOKE: revoke active and pool            |
+          |        \\                       |                                      |
+          |         \\ 0, or a failure      v                                      |
+          v          +-----------------> agree(0)                                 |
+        OVER                               |                                      |
+                                           v                                      |
+                        +------------> SHRINK the pool                            |
+                        |                  v                                      |
+                        |              EXCHANGE reports (who, how far, how whole) |
+                        |                  v                                      |
+                        |              PLAN: heal() on equal input                |
+                        |                  v                                      |
+                        |              BUILD active from the plan                 |
+                        |                  v                                      |
+                        |              TRANSFER the state to whom lacks it        |
+                        |                  v                                      |
+                        +--- 0, or ---- agree(1 if all went well here) --- 1 -----+
+                             a failure
+
+What each knows where:
+
+* ``agree`` is MPI_Comm_agree (Bland et al., "Post-failure recovery of MPI communication
+  capability", IJHPCA 2013): all survivors get the same answer, and if there is a failure that not
+  all have acknowledged, all get the same error. It works on a revoked communicator. Every decision
+  to leave a state together is one agreement on the current pool; the order of agreements on a pool
+  is the same for everybody, whichever way they came, so one that wants to finish and one that has
+  seen a failure meet in the same call.
+* Before an agreement, others may have seen more or less than I have: an MPI call that failed here
+  may have worked there. After it, all know that all are in the same state.
+* SHRINK makes all know the same set of survivors; it and the last agreed membership are the input
+  of PLAN, so that no negotiation is needed.
+* The membership changes only by the last agreement. A recovery that is itself hit by a failure
+  leaves no trace: it starts again at SHRINK from the last agreed membership.
+* Nothing of a survivor is overwritten before the last agreement (a spare's state is worthless and
+  may be).
+
+The pure part is :mod:`hpcft.world.membership`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from mpi4py import MPI
+
+from hpcft.errors import StateLost, TooFewRanks
+from hpcft.world.link import Link
+from hpcft.world.membership import Healing, Membership, Policy, heal
+from hpcft.world.progress import Progress
+
+_FINISH_TAG = 7
+#: How often a parked spare looks by itself; news from the shepherd wake it at once.
+_PARKED_LOOK = 0.05
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a process says about itself when a recovery begins.
+
+    world: its world rank.
+    step: steps completed; -1 for a spare.
+    whole: its state can be handed to others as it is.
+    broken: it has been hit in the middle of a step, and what it holds is no state at all.
+    """
+
+    world: int
+    step: int
+    whole: bool
+    broken: bool
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Who gives its state to whom, in ranks of the new active communicator.
+
+    step: the step the state belongs to.
+    newest: the newest step any survivor had completed; above ``step`` if its state is no good.
+    """
+
+    source: int
+    receivers: tuple[int, ...]
+    step: int
+    newest: int
+
+
+@dataclass
+class Recovered:
+    """A recovery all have agreed on.
+
+    began: when this process began it; seconds since 1970.
+    phases: seconds spent in agreement and shrinking, planning and building, state transfer.
+    attempts: how often it had to start again because of another failure.
+    """
+
+    healing: Healing
+    transfer: Transfer
+    began: float
+    ended: float
+    attempts: int
+    phases: dict[str, float] = field(default_factory=dict)
+
+
+def plan_transfer(membership: Membership, reports: Mapping[int, Report]) -> Transfer:
+    """Whose state is taken, and who needs it.
+
+    The most advanced survivor's: a process can have applied step k while another's collective for k
+    failed. A survivor hit between its optimizer's step and the commit is passed over for one at
+    the edge of a step, for whatever its script did with collectives in between saw a broken world.
+
+    Raises
+    ------
+    StateLost: nobody in the membership has a state.
+    """
+    holders = [w for w in membership.active if reports[w].step >= 0 and not reports[w].broken]
+    if not holders:
+        raise StateLost(
+            "no survivor holds a whole copy of the training state",
+            "more ranks, or spares, would have kept one; start again from the last checkpoint",
+        )
+    best = max(holders, key=lambda w: (reports[w].whole, reports[w].step, -w))
+    step = reports[best].step
+    receivers = tuple(
+        logical
+        for logical, w in enumerate(membership.active)
+        if w != best
+        # Before the first step even survivors may hold different things.
+        and (step == 0 or reports[w].step != step or not reports[w].whole or reports[w].broken)
+    )
+    newest = max(reports[w].step for w in membership.active)
+    return Transfer(membership.active.index(best), receivers, step, newest)
+
+
+class World:
+    """The world as this process knows it.
+
+    Parameters
+    ----------
+    link: connection to the shepherd, or None when there is none (then failures are fatal).
+    hosts: host name of every world rank.
+    spares: how many of the last world ranks are parked.
+    policy: what may be done about a failure.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        link: Link | None,
+        hosts: Mapping[int, str],
+        spares: int,
+        policy: Policy,
+    ) -> None:
+        self.link = link
+        self.progress = link.progress if link else Progress.create()
+        self.hosts = hosts
+        self.policy = policy
+        self.world = comm.Get_rank()
+        self.membership = Membership.launch(comm.Get_size(), spares)
+        self._pool = comm.Dup()
+        self._pool.Set_errhandler(MPI.ERRORS_RETURN)
+        self.active: MPI.Intracomm | None = None
+        self.active = self._build(self._pool, self.membership)
+
+    @property
+    def logical(self) -> int | None:
+        """This process's logical rank, None while it is a spare."""
+        return self.membership.logical(self.world)
+
+    def _build(self, pool: MPI.Intracomm, membership: Membership) -> MPI.Intracomm | None:
+        logical = membership.logical(self.world)
+        color = MPI.UNDEFINED if logical is None else 0
+        comm = pool.Split(color, logical or 0)
+        if comm == MPI.COMM_NULL:
+            return None
+        comm.Set_errhandler(MPI.ERRORS_RETURN)
+        return comm
+
+    def broken(self) -> bool:
+        """Whether an active rank is known to have failed. Cheap; no MPI."""
+        if self.link is None or not self.link.news.is_set():
+            return False
+        return not self.link.failures.keys().isdisjoint(self.membership.active)
+
+    def finish(self) -> bool:
+        """Agree with all others that training is over. For active ranks.
+
+        Returns
+        -------
+        True if it is over; False if somebody failed or has seen a failure: then recover.
+        """
+        assert self.active is not None
+        self.progress.enter()
+        try:
+            try:
+                self.active.Barrier()
+                # From every rank, so that one that dies here leaves no spare waiting.
+                for spare in self.membership.spares:
+                    self._pool.Isend(b"", self._pool_rank(spare), _FINISH_TAG)
+                over = 1
+            except MPI.Exception:
+                self._revoke()
+                over = 0
+            return self._agree(over)
+        finally:
+            self.progress.leave()
+
+    def park(self) -> bool:
+        """Wait, as a spare, for the end of training or for a failure.
+
+        Returns
+        -------
+        True if training is over; False if an active rank failed: then recover.
+        """
+        assert self.link is not None
+        while not self.broken():
+            self.link.news.wait(_PARKED_LOOK)
+            if self.broken():
+                break
+            self.link.news.clear()
+            try:
+                if self._pool.Iprobe(MPI.ANY_SOURCE, _FINISH_TAG):
+                    return self._agree(1)
+            except MPI.Exception as error:
+                if error.Get_error_class() == MPI.ERR_REVOKED:
+                    break
+                # Another spare is gone. Acknowledged, it no longer keeps us from probing.
+                self._pool.Ack_failed()
+        self._revoke()
+        return self._agree(0)
+
+    def _pool_rank(self, world: int) -> int:
+        # The pool keeps the order of world ranks, for shrinking does.
+        return self.membership.members.index(world)
+
+    def _revoke(self) -> None:
+        if self.active is not None:
+            self.active.Revoke()
+        self._pool.Revoke()
+
+    def _agree(self, flag: int) -> bool:
+        self.progress.enter()
+        try:
+            return bool(self._pool.Agree(flag))
+        except MPI.Exception:
+            return False
+        finally:
+            self.progress.leave()
+
+    def recover(
+        self,
+        report: Report,
+        transfer: Callable[[MPI.Intracomm, Transfer], None],
+        agreed: bool = False,
+    ) -> Recovered:
+        """Come to a new world with the other survivors.
+
+        Parameters
+        ----------
+        report: how far this process is.
+        transfer: called with the new active communicator and what is to be moved, in the processes
+            that are in it. It must leave a survivor's state untouched until this method returns.
+        agreed: the agreement to recover has been made already, by :meth:`finish` or :meth:`park`.
+
+        Raises
+        ------
+        TooFewRanks, StateLost: there is no way to go on; the same in all survivors.
+        """
+        began = time.time()
+        self.progress.enter()
+        try:
+            if not agreed:
+                self._revoke()
+                self._agree(0)
+            attempts = 0
+            while True:
+                attempts += 1
+                result = self._attempt(report, transfer)
+                if result is not None:
+                    break
+            healing, plan, active, phases = result
+        finally:
+            self.progress.leave()
+        self.membership = healing.after
+        self.active = active
+        if self.link is not None:
+            self.link.news.clear()
+            if self.link.failures.keys() & set(self.membership.active):
+                self.link.news.set()
+        return Recovered(healing, plan, began, time.time(), attempts, phases)
+
+    def _attempt(
+        self, report: Report, transfer: Callable[[MPI.Intracomm, Transfer], None]
+    ) -> tuple[Healing, Transfer, MPI.Intracomm | None, dict[str, float]] | None:
+        clock = time.perf_counter()
+        phases: dict[str, float] = {}
+
+        def lap(name: str) -> None:
+            nonlocal clock
+            now = time.perf_counter()
+            phases[name] = now - clock
+            clock = now
+
+        try:
+            pool = self._pool.Shrink()
+        except MPI.Exception:
+            return None
+        pool.Set_errhandler(MPI.ERRORS_RETURN)
+        self._pool = pool
+        lap("shrink_s")
+        active: MPI.Intracomm | None = None
+        fatal: TooFewRanks | StateLost | None = None
+        healing: Healing | None = None
+        plan: Transfer | None = None
+        try:
+            reports = {r.world: r for r in pool.allgather(report)}
+            try:
+                healing = heal(self.membership, frozenset(reports), self.hosts, self.policy)
+                plan = plan_transfer(healing.after, reports)
+            except (TooFewRanks, StateLost) as error:
+                fatal = error
+            else:
+                active = self._build(pool, healing.after)
+                lap("build_s")
+                if active is not None:
+                    transfer(active, plan)
+                lap("transfer_s")
+            good = 1
+        except MPI.Exception:
+            good = 0
+            if active is not None:
+                active.Revoke()
+            pool.Revoke()
+        if not self._agree(good):
+            return None
+        lap("agree_s")
+        if fatal is not None:
+            raise fatal
+        assert healing is not None
+        assert plan is not None
+        return healing, plan, active, phases

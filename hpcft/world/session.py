@@ -1,0 +1,81 @@
+"""This process's place in the running world, for the training job to find."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpcft.telemetry.rundir import RunDirectory
+from hpcft.world.journal import Journal
+from hpcft.world.link import Link
+from hpcft.world.membership import Policy
+from hpcft.world.notify import Notifier
+from hpcft.world.recovery import World
+
+
+@dataclass(frozen=True)
+class Session:
+    """Everything a training job needs to know of the world it runs in.
+
+    options: what the launcher was told: verbose, warm, digest, terminal.
+    """
+
+    world: World
+    journal: Journal | None
+    options: dict[str, Any]
+
+
+_current: Session | None = None
+
+
+def current() -> Session:
+    """The world of this process; a world of what MPI has started if it has no shepherd."""
+    global _current
+    if _current is None:
+        _current = _without_shepherd()
+    return _current
+
+
+def _without_shepherd() -> Session:
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    hosts = dict(enumerate(comm.allgather(socket.gethostname())))
+    world = World(comm, None, hosts, 0, Policy(substitute=False, shrink=False))
+    return Session(world, None, {"verbose": 1, "warm": False, "digest": False, "terminal": False})
+
+
+def meet(link: Link) -> None:
+    """Start MPI, exchange the shepherds' addresses, and make the world."""
+    global _current
+    import mpi4py
+
+    # Ranks leave by os._exit: MPI_Finalize would wait for the dead.
+    mpi4py.rc.finalize = False
+    from mpi4py import MPI
+
+    options = json.loads(os.environ["HPCFT_RUN"])
+    comm = MPI.COMM_WORLD
+    notifier = Notifier()
+    link.send("hello", rank=comm.rank, size=comm.size)
+    peers = comm.allgather(link.receive()["peer"])
+    secret = comm.bcast(secrets.token_hex(32))
+    pids = dict(enumerate(comm.allgather(os.getpid())))
+    link.send("table", peers=peers, secret=secret)
+    link.receive()
+    link.listen(notifier.failed)
+    comm.Barrier()
+    hosts = {peer["rank"]: peer["host"] for peer in peers}
+    policy = Policy(
+        "substitute" in options["on_failure"],
+        "shrink" in options["on_failure"],
+        options["min_ranks"],
+    )
+    world = World(comm, link, hosts, options["spares"], policy)
+    rundir = RunDirectory(Path(options["run_dir"]))
+    _current = Session(world, Journal(rundir, world, pids), options)
