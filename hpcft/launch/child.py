@@ -81,26 +81,30 @@ class Child:
         self.pid = process.pid
         # We wait for it ourselves: Popen does not tell of stops.
         process.returncode = 0
-        assert process.stdout and process.stderr
+        assert process.stdout is not None
+        assert process.stderr is not None
         self._pumps = [
             threading.Thread(target=self._pump, args=(pipe, out), daemon=True)
-            for pipe, out in ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
+            for pipe, out in ((process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer))
         ]
         for pump in self._pumps:
             pump.start()
 
-    def _pump(self, pipe: IO[bytes], out: IO[str]) -> None:
+    def _pump(self, pipe: IO[bytes], out: IO[bytes]) -> None:
         # In a thread, for a file system that hangs must not keep the shepherd from its beats.
+        at_line_start = True
         while data := os.read(pipe.fileno(), 1 << 16):
             with contextlib.suppress(OSError):
                 self._log.write(data)
             if self.echo:
                 if self.prefix:
-                    lines = data.splitlines(keepends=True)
-                    data = b"".join(self.prefix + line for line in lines)
+                    first = self.prefix if at_line_start else b""
+                    at_line_start = data.endswith(b"\n")
+                    inner = data[:-1].replace(b"\n", b"\n" + self.prefix)
+                    data = first + inner + data[-1:]
                 with contextlib.suppress(OSError):
-                    out.buffer.write(data)
-                    out.buffer.flush()
+                    out.write(data)
+                    out.flush()
 
     def flush(self) -> None:
         """Wait until all it has written is in the log, unless something else holds its pipes."""

@@ -84,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
         "--run-dir",
         type=Path,
         metavar="DIR",
-        help="where logs, events and the summary go (default hpcft-runs/ and the Slurm job's number "
-        "or the time); the same path on all nodes",
+        help="where logs, events and the summary go, the same path on all nodes (default "
+        "hpcft-runs/ and the Slurm job's number or the time)",
     )
     add(
         "--timeout-detect",
@@ -210,7 +210,8 @@ def check_sizes(options: RunOptions, tasks: int, starter: str) -> int:
     active = tasks - options.spares
     if active < 1:
         raise UsageError(
-            f"--spares {options.spares} leaves no rank to train with: {starter} has started {tasks}",
+            f"--spares {options.spares} leaves no rank to train with: "
+            f"{starter} has started {tasks}",
             "start more ranks or park fewer",
         )
     if options.nproc is not None and options.nproc != active:

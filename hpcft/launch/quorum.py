@@ -93,26 +93,27 @@ class Quorum:
                 self._heard[node] = min(now, self._heard[node] + stalled)
         if self._me in self.dead:
             return Verdict(fenced=True)
-        silent = {
-            node: now - self._heard[node]
-            for node in self._alive()
-            if node != self._me and now - self._heard[node] > self._timeout
-        }
-        declared = silent if self._majority(self._alive() - silent.keys()) else {}
-        self.dead |= declared.keys()
         leased = {
             node
             for node in self._alive()
             if node == self._me or now - self._answered[node] <= self._lease
         }
-        if self._majority(leased):
-            self._held_since = None
-            return Verdict(declared)
-        if self._held_since is None:
-            self._held_since = now
-        # Nobody answers for so long that nobody will.
-        fenced = now - self._held_since > 4 * self._timeout
-        return Verdict(declared, hold=True, fenced=fenced)
+        if not self._majority(leased):
+            # Who is perhaps cut off itself is in no position to declare others dead.
+            if self._held_since is None:
+                self._held_since = now
+            # Nobody has answered for so long that nobody will.
+            return Verdict(hold=True, fenced=now - self._held_since > 4 * self._timeout)
+        self._held_since = None
+        silent = {
+            node: now - self._heard[node]
+            for node in self._alive()
+            if node != self._me and now - self._heard[node] > self._timeout
+        }
+        if not self._majority(self._alive() - silent.keys()):
+            return Verdict()
+        self.dead |= silent.keys()
+        return Verdict(silent)
 
     def _alive(self) -> set[int]:
         return self._weights.keys() - self.dead

@@ -15,6 +15,7 @@ Life of a shepherd::
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -145,9 +146,11 @@ class Shepherd:
     # -- the rank speaks -----------------------------------------------------------------------
 
     async def _read_link(self, reader: asyncio.StreamReader) -> None:
-        while line := await reader.readline():
-            message = json.loads(line)
-            await getattr(self, f"_rank_{message['kind']}")(message)
+        # A rank that is killed can leave a broken pipe behind; that it ended is learnt elsewhere.
+        with contextlib.suppress(OSError):
+            while line := await reader.readline():
+                message = json.loads(line)
+                await getattr(self, f"_rank_{message['kind']}")(message)
 
     def _tell(self, message: Message) -> None:
         if not self._writer.is_closing():
@@ -360,7 +363,7 @@ class Shepherd:
                     self._child.send(STACKS_SIGNAL)
                     await asyncio.sleep(0.2)
                     self._end(
-                        3, "all ranks wait for each other and no step advances; their stacks are "
+                        3,
+                        "all ranks wait for each other and no step advances; their stacks are "
                         "in the logs",
                     )
-

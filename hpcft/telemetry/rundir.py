@@ -50,7 +50,8 @@ class RunDirectory:
         OSError: it cannot be made or written to.
         """
         (self.path / "logs").mkdir(parents=True, exist_ok=True)
-        for file in (self.ranks_file, self.events_file, self.summary_file):
+        former = (self.path / "logs").glob("rank-*.log")
+        for file in (self.ranks_file, self.events_file, self.summary_file, *former):
             file.unlink(missing_ok=True)
 
     def events(self) -> list[Event]:

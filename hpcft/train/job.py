@@ -73,8 +73,8 @@ class Job:
         options = session.options
         self._line = ProgressLine(options["terminal"]) if options["verbose"] else None
         self._launched_size = len(self._world.membership.active)
-        self._group = WorldProcessGroup(0, self._launched_size, self._world.progress)
-        #: Factor a rank's gradients are multiplied with before they are added up.
+        self.group = WorldProcessGroup(0, self._launched_size, self._world.progress)
+        #: Factor this rank's gradients are multiplied with before they are added up.
         self.scale = 1 / self._launched_size
         self._stepped = 0
         self._broken = False
@@ -82,14 +82,15 @@ class Job:
         self._dry = 0
         self._savepoint: Savepoint | None = None
         self._samplers: list[ElasticBatchSampler] = []
+        self._shared_buffers: list[torch.Tensor] = []
         self._raised: dict[int, tuple[int, str]] = {}
         self._warmed = False
         if self._world.active is None:
             # Like the last rank: script code for rank 0 (printing, saving) is not run on spares.
-            self._group.park(self._launched_size - 1, self._launched_size)
+            self.group.park(self._launched_size - 1, self._launched_size)
         else:
-            self._group.attach(self._world.active)
-        install(self._group)
+            self.group.attach(self._world.active)
+        install(self.group)
 
     @property
     def rank(self) -> int:
@@ -138,8 +139,14 @@ class Job:
                 "the state tracks no optimizer", "give it to hpcft.State(optimizer=...)"
             )
         for module in state.modules():
+            module.register_forward_pre_hook(self._before_forward)
             if isinstance(module, DistributedDataParallel):
                 module.register_comm_hook(self, averaging_hook)
+                if module.broadcast_buffers:
+                    # Its forward would give rank 0's buffers to all at the start of the next step,
+                    # too late if rank 0 dies before.
+                    module.broadcast_buffers = False
+                    self._shared_buffers += list(module.buffers())
         for optimizer in state.optimizers():
             optimizer.register_step_pre_hook(self._before_step)
             optimizer.register_step_post_hook(self._after_step)
@@ -165,28 +172,55 @@ class Job:
         self._stepped = 0
         self._broken = False
         self.scale = 1 / self.size
-        if self._on_shrink == "keep-global-batch":
+        if len(self._samplers) == 1:
+            # Exact also where the ranks' batches differ in size.
             sampler = self._samplers[0]
-            self.scale = sampler.local_count / (sampler.batch_size * self._launched_size)
-        mixed = random.Random(f"{self._seed} {self.rank} {state.step}").getrandbits(63)
-        torch.manual_seed(mixed)
-        numpy.random.seed(mixed & 0xFFFFFFFF)
-        random.seed(mixed)
+            self.scale = sampler.local_count / sampler.global_count
+        self._step_seed = random.Random(f"{self._seed} {self.rank} {state.step}").getrandbits(63)
+        self._seed_generators()
+        self._seeded_forward = False
+
+    def _seed_generators(self) -> None:
+        torch.manual_seed(self._step_seed)
+        numpy.random.seed(self._step_seed & 0xFFFFFFFF)
+        random.seed(self._step_seed)
+
+    def _before_forward(self, *_: object) -> None:
+        # Again, for a loader that is made anew after a failure has drawn a number meanwhile.
+        if not self._seeded_forward:
+            self._seeded_forward = True
+            self._seed_generators()
 
     # -- the edges of a step -------------------------------------------------------------------
 
     def _failed(self) -> bool:
-        if self._group.failure is not None and self._world.link is None:
-            raise self._group.failure
-        return self._group.failure is not None or self._world.broken()
+        if self.group.failure is not None and self._world.link is None:
+            raise self.group.failure
+        return self.group.failure is not None or self._world.broken()
 
     def _before_step(self, *_: object) -> None:
-        if self._dry or not self._failed():
+        if self._dry:
+            return
+        if self._stepped == 0 and self._shared_buffers:
+            self._share_buffers()
+        if not self._failed():
             return
         if self._stepped == 0:
             raise StepInterrupted
         # Another optimizer has stepped already, and this one steps on gradients nobody added up.
         self._broken = True
+
+    def _share_buffers(self) -> None:
+        """Have all ranks go on with rank 0's buffers (running means), as part of the step."""
+        by_type: dict[torch.dtype, list[torch.Tensor]] = {}
+        for buffer in self._shared_buffers:
+            by_type.setdefault(buffer.dtype, []).append(buffer)
+        for buffers in by_type.values():
+            flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+            self.group.broadcast([flat]).wait()
+            parts = flat.split([buffer.numel() for buffer in buffers])
+            for buffer, part in zip(buffers, parts, strict=True):
+                buffer.copy_(part.view_as(buffer))
 
     def _after_step(self, *_: object) -> None:
         self._stepped += 1
@@ -202,7 +236,7 @@ class Job:
             sampler.advance()
         # A collective that failed after the optimizer's step has given its caller a wrong answer;
         # one that failed in a step without any optimizer's step, wrong gradients to who knows what.
-        self._whole = self._group.failure is None
+        self._whole = self.group.failure is None
         self._broken = self._broken or (not self._whole and self._stepped == 0)
         assert self._savepoint is not None
         self._savepoint.renew()
@@ -308,7 +342,7 @@ class Job:
             assert world.active is not None
             if world.logical in recovery.transfer.receivers:
                 arrival.install()
-            self._group.attach(world.active)
+            self.group.attach(world.active)
             if self._on_shrink == "scale-lr" and self.size != before:
                 _scale_learning_rate(state, self.size / before)
             self._whole = True
@@ -380,9 +414,9 @@ def _in_words(
         failure = failures.get(world)
         logical = healing.before.logical(world)
         name = f"spare {world}" if logical is None else f"rank {logical}"
-        then = f", process {adopted[world]} on {hosts[adopted[world]]} took over" * (
-            world in adopted
-        )
+        then = ""
+        if world in adopted:
+            then = f", process {adopted[world]} on {hosts[adopted[world]]} took over"
         said.append(f"{name} on {hosts[world]} failed ({failure.cause if failure else '?'}){then}")
     active, spares = len(healing.after.active), len(healing.after.spares)
     milliseconds = 1000 * (recovery.ended - recovery.began)

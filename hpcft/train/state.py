@@ -7,15 +7,12 @@ import hashlib
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from hpcft.errors import HpcftError
-
-if TYPE_CHECKING:
-    from hpcft.train.job import Job
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,9 @@ class State:
         StepInterrupted: somebody has failed; ``job.run`` handles it, let it pass.
         """
         if self._commit is None:
-            raise HpcftError("commit() was called outside job.run()", "call it in the train function")
+            raise HpcftError(
+                "commit() was called outside job.run()", "call it in the train function"
+            )
         self._commit(metrics)
 
     # -- for the job ---------------------------------------------------------------------------
@@ -174,7 +173,7 @@ class State:
                     if isinstance(value, torch.Tensor):
                         sha.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}\n".encode())
                         data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                        sha.update(data.numpy())
+                        sha.update(data.numpy().data)
         return sha.hexdigest()
 
     def buffers(self) -> list[torch.Tensor]:

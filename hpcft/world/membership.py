@@ -56,7 +56,7 @@ class Membership:
 
 @dataclass(frozen=True)
 class Adoption:
-    """Process ``world``, a spare until now, plays ``logical`` from now on in place of ``failed``."""
+    """Process ``world``, a spare until now, plays ``logical`` in place of process ``failed``."""
 
     logical: int
     world: int
@@ -126,7 +126,8 @@ def heal(
     left = tuple(w for w in active if w is not None)
     if dropped and not policy.shrink:
         raise TooFewRanks(
-            f"no spare is left for rank {', '.join(map(str, dropped))}, and shrinking is not allowed",
+            f"no spare is left for rank {', '.join(map(str, dropped))}, "
+            "and shrinking is not allowed",
             "give more --spares, or allow it with --on-failure substitute,shrink",
         )
     if len(left) < max(policy.min_ranks, 1):

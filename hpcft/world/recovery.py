@@ -52,6 +52,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 from mpi4py import MPI
 
@@ -180,7 +181,7 @@ class World:
     def _build(self, pool: MPI.Intracomm, membership: Membership) -> MPI.Intracomm | None:
         logical = membership.logical(self.world)
         color = MPI.UNDEFINED if logical is None else 0
-        comm = pool.Split(color, logical or 0)
+        comm = cast(MPI.Intracomm, pool.Split(color, logical or 0))
         if comm == MPI.COMM_NULL:
             return None
         comm.Set_errhandler(MPI.ERRORS_RETURN)
@@ -312,7 +313,7 @@ class World:
             clock = now
 
         try:
-            pool = self._pool.Shrink()
+            pool = cast(MPI.Intracomm, self._pool.Shrink())
         except MPI.Exception:
             return None
         pool.Set_errhandler(MPI.ERRORS_RETURN)

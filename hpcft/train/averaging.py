@@ -1,0 +1,38 @@
+"""How gradients are averaged: a communication hook for DistributedDataParallel.
+
+DDP reads the hook's annotations, so they must not be strings.
+"""
+
+from typing import Protocol
+
+import torch
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
+from torch.futures import Future
+
+from hpcft.train.process_group import WorldProcessGroup
+
+
+class Averaging(Protocol):
+    """What the hook needs.
+
+    group: the ranks.
+    scale: what this rank's gradients are multiplied with before they are added up; 1/size where
+        all ranks have batches of one size, else the rank's share of the samples.
+    """
+
+    group: WorldProcessGroup
+    scale: float
+
+
+def averaging_hook(averaging: Averaging, bucket: GradBucket) -> Future[torch.Tensor]:
+    """Average one bucket of gradients, in place.
+
+    DDP's own way divides by the number of ranks there were when the module was wrapped.
+    """
+    gradients = bucket.buffer()
+    if averaging.group.failure is None:
+        gradients.mul_(averaging.scale)
+        averaging.group.allreduce([gradients])
+    future: Future[torch.Tensor] = Future()
+    future.set_result(gradients)
+    return future

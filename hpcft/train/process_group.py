@@ -1,0 +1,522 @@
+"""torch.distributed over a recoverable communicator.
+
+A process group whose collectives call MPI on the tensors' own memory. Unmodified
+DistributedDataParallel and FSDP2 run over it. What is particular is how it meets failures: the
+first MPI error is recorded, and from then on collectives complete at once without doing anything,
+so that a backward pass comes to its end; the job looks at :attr:`WorldProcessGroup.failure` at the
+edges of a step, recovers, and attaches the new communicator to the same object, so that whatever
+holds the group (a DDP module) keeps it.
+
+All calls block; they are made in the thread that torch calls them in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from mpi4py import MPI
+from torch.futures import Future
+
+from hpcft.errors import HpcftError
+
+_BACKEND = "hpcft"
+
+_TYPES = {
+    torch.float32: MPI.FLOAT,
+    torch.float64: MPI.DOUBLE,
+    torch.int8: MPI.INT8_T,
+    torch.uint8: MPI.UINT8_T,
+    torch.int16: MPI.INT16_T,
+    torch.int32: MPI.INT32_T,
+    torch.int64: MPI.INT64_T,
+    torch.bool: MPI.C_BOOL,
+}
+
+# torch's ReduceOp compares by its own rules, hence a list.
+_OPS = [
+    (dist.ReduceOp.SUM, MPI.SUM),
+    (dist.ReduceOp.AVG, MPI.SUM),
+    (dist.ReduceOp.PRODUCT, MPI.PROD),
+    (dist.ReduceOp.MIN, MPI.MIN),
+    (dist.ReduceOp.MAX, MPI.MAX),
+    (dist.ReduceOp.BAND, MPI.BAND),
+    (dist.ReduceOp.BOR, MPI.BOR),
+    (dist.ReduceOp.BXOR, MPI.BXOR),
+]
+
+
+class Progress(Protocol):
+    """Is told when a call that may wait for other ranks begins and ends."""
+
+    def enter(self) -> None: ...
+
+    def leave(self) -> None: ...
+
+
+class _Done(dist.Work):
+    """A collective that is complete."""
+
+    def __init__(self, result: Any) -> None:
+        super().__init__()
+        self._result = result
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+    def is_success(self) -> bool:
+        return True
+
+    def result(self) -> Any:
+        return self._result
+
+    def get_future(self) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(self._result)
+        return future
+
+
+def _operation(op: Any) -> MPI.Op:
+    for ours, theirs in _OPS:
+        if op == ours:
+            return theirs
+    raise HpcftError(
+        f"the backend hpcft cannot reduce with {op}", "use SUM, AVG, MIN, MAX, PRODUCT"
+    )
+
+
+class _Memory:
+    """A tensor's memory as MPI can use it.
+
+    Contiguous tensors in host memory are used as they are. Others, and for reductions those of
+    types that MPI cannot add (bfloat16, float16, float8), travel through a copy, reductions in
+    float32; :meth:`settle` brings the result back.
+    """
+
+    def __init__(self, tensor: torch.Tensor, reduce: bool = False) -> None:
+        self._tensor = tensor
+        work = tensor.detach()
+        if work.is_complex():
+            work = torch.view_as_real(work)
+        if reduce and work.dtype not in _TYPES:
+            work = work.float()
+        if work.device.type != "cpu":
+            work = work.cpu()
+        self.flat = work.contiguous().reshape(-1)
+        self._direct = self.flat.data_ptr() == tensor.data_ptr()
+
+    @property
+    def buffer(self) -> tuple[Any, MPI.Datatype]:
+        """What mpi4py takes."""
+        kind = _TYPES.get(self.flat.dtype)
+        if kind is None:
+            return self.flat.view(torch.uint8).numpy(), MPI.BYTE
+        return self.flat.numpy(), kind
+
+    def settle(self) -> None:
+        """Bring the result to the tensor, if it is not there yet."""
+        if not self._direct:
+            shape = self._tensor
+            result = self.flat.to(shape.device)
+            if shape.is_complex():
+                torch.view_as_real(shape).copy_(result.view_as(torch.view_as_real(shape)))
+            else:
+                shape.copy_(result.view_as(shape))
+
+
+class WorldProcessGroup(dist.ProcessGroup):
+    """The ranks that train, as a process group of torch.
+
+    It starts parked: collectives are local, as if every other rank had contributed what this one
+    does, so that a spare can run a training step by itself.
+
+    Parameters
+    ----------
+    rank, size: what to claim until :meth:`attach`.
+    progress: is told of blocking calls.
+
+    Attributes
+    ----------
+    failure: the first MPI error since the last :meth:`attach`, None while all is well.
+    """
+
+    def __init__(self, rank: int, size: int, progress: Progress) -> None:
+        super().__init__(rank, size)  # type: ignore[call-arg]
+        self._rank = rank
+        self._size = size
+        self._progress = progress
+        self._comm: MPI.Intracomm | None = None
+        self._subgroups: list[tuple[WorldProcessGroup, tuple[int, ...]]] = []
+        self.failure: BaseException | None = None
+
+    # -- what the job does with it -------------------------------------------------------------
+
+    def attach(self, comm: MPI.Intracomm) -> None:
+        """Use ``comm`` from now on; rank and size are its.
+
+        Subgroups of all ranks are attached to a duplicate of it.
+
+        Raises
+        ------
+        HpcftError: there is a subgroup of some ranks only, whose place in the new world nobody
+            knows.
+        MPI.Exception: somebody failed meanwhile.
+        """
+        if self._comm is not None or comm.size != self._size:
+            for _, ranks in self._subgroups:
+                if len(ranks) != self._size:
+                    raise HpcftError(
+                        f"the script uses a process group of ranks {list(ranks)}, which cannot be "
+                        "healed in place",
+                        "use groups of all ranks",
+                    )
+        self._comm, self._rank, self._size = comm, comm.rank, comm.size
+        self.failure = None
+        for group, _ in self._subgroups:
+            group.attach(comm.Dup())
+
+    def park(self, rank: int, size: int) -> None:
+        """Make collectives local, claiming to be ``rank`` of ``size``."""
+        self._comm, self._rank, self._size = None, rank, size
+
+    def subgroup(self, ranks: Sequence[int]) -> WorldProcessGroup:
+        """A group of some of the ranks, for ``dist.new_group``; called by these ranks only."""
+        group = WorldProcessGroup(ranks.index(self._rank), len(ranks), self._progress)
+        self._subgroups.append((group, tuple(ranks)))
+        comm = self._comm
+        if comm is not None and self.failure is None:
+            try:
+                group.attach(comm.Create_group(comm.Get_group().Incl(list(ranks))))
+            except MPI.Exception as error:
+                self.failure = error
+        return group
+
+    # -- what torch asks -----------------------------------------------------------------------
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._size
+
+    def getBackendName(self) -> str:  # noqa: N802
+        return _BACKEND
+
+    def _call(
+        self, call: Callable[[MPI.Intracomm], object], *, local: Callable[[], object]
+    ) -> None:
+        """Make an MPI call, recording its failure; do ``local`` instead when parked or broken."""
+        if self._comm is None or self.failure is not None:
+            local()
+            return
+        self._progress.enter()
+        try:
+            call(self._comm)
+        except MPI.Exception as error:
+            self.failure = error
+        finally:
+            self._progress.leave()
+
+    def _reduced(self, tensors: Sequence[torch.Tensor], op: Any) -> None:
+        if op == dist.ReduceOp.AVG and self._comm is not None and self.failure is None:
+            for tensor in tensors:
+                tensor.div_(self._size)
+
+    # -- collectives ---------------------------------------------------------------------------
+
+    def allreduce(self, tensors: Any, opts: Any = None, timeout: Any = None) -> dist.Work:
+        """Reduce each tensor over all ranks, in place."""
+        tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+        op = _op_of(opts)
+        mpi_op = _operation(op)
+
+        def call(comm: MPI.Intracomm) -> None:
+            for tensor in tensors:
+                memory = _Memory(tensor, reduce=True)
+                comm.Allreduce(MPI.IN_PLACE, memory.buffer, mpi_op)
+                memory.settle()
+
+        self._call(call, local=_nothing)
+        self._reduced(tensors, op)
+        return _Done(tensors)
+
+    def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> dist.Work:
+        return self.allreduce(tensors, opts)
+
+    def broadcast(self, tensors: Any, opts: Any = None, timeout: Any = None) -> dist.Work:
+        """Give every rank the root's tensors."""
+        tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+        root = opts if isinstance(opts, int) else getattr(opts, "rootRank", 0)
+
+        def call(comm: MPI.Intracomm) -> None:
+            for tensor in tensors:
+                memory = _Memory(tensor)
+                comm.Bcast(memory.buffer, root)
+                memory.settle()
+
+        self._call(call, local=_nothing)
+        return _Done(tensors)
+
+    def reduce(self, tensors: Any, opts: Any = None, *_: Any) -> dist.Work:
+        """Reduce each tensor over all ranks, into the root's."""
+        tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+        op, root = _op_of(opts), getattr(opts, "rootRank", 0)
+        mpi_op = _operation(op)
+
+        def call(comm: MPI.Intracomm) -> None:
+            for tensor in tensors:
+                memory = _Memory(tensor, reduce=True)
+                if comm.rank == root:
+                    comm.Reduce(MPI.IN_PLACE, memory.buffer, mpi_op, root)
+                    memory.settle()
+                else:
+                    comm.Reduce(memory.buffer, None, mpi_op, root)
+
+        self._call(call, local=_nothing)
+        if self._rank == root:
+            self._reduced(tensors, op)
+        return _Done(tensors)
+
+    def allgather(self, outputs: Any, inputs: Any, opts: Any = None, *_: Any) -> dist.Work:
+        """Give every rank every rank's tensor."""
+        if isinstance(inputs, torch.Tensor):
+            outputs, inputs = [outputs], [inputs]
+
+        def call(comm: MPI.Intracomm) -> None:
+            for parts, own in zip(outputs, inputs, strict=True):
+                mine = _Memory(own)
+                whole = torch.empty(comm.size * mine.flat.numel(), dtype=mine.flat.dtype)
+                comm.Allgather(mine.buffer, _Memory(whole).buffer)
+                for part, got in zip(parts, whole.chunk(comm.size), strict=True):
+                    _put(part, got)
+
+        def local() -> None:
+            for parts, own in zip(outputs, inputs, strict=True):
+                for part in parts:
+                    part.copy_(own)
+
+        self._call(call, local=local)
+        return _Done(outputs)
+
+    def _allgather_base(self, output: Any, own: Any, opts: Any = None, *_: Any) -> dist.Work:
+        """Give every rank every rank's tensor, one after the other in ``output``."""
+
+        def call(comm: MPI.Intracomm) -> None:
+            target = _Memory(output)
+            comm.Allgather(_Memory(own).buffer, target.buffer)
+            target.settle()
+
+        def local() -> None:
+            for part in output.view(self._size, -1):
+                part.copy_(own.reshape(-1))
+
+        self._call(call, local=local)
+        return _Done(output)
+
+    def all_gather_single(self, output: Any, own: Any, *rest: Any) -> dist.Work:
+        return self._allgather_base(output, own)
+
+    def allgather_into_tensor_coalesced(
+        self, outputs: Any, inputs: Any, opts: Any = None
+    ) -> dist.Work:
+        for output, own in zip(outputs, inputs, strict=True):
+            self._allgather_base(output, own)
+        return _Done(outputs)
+
+    def allgather_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
+        for position, own in enumerate(inputs):
+            self.allgather([[parts[position] for parts in outputs]], [own])
+        return _Done(outputs)
+
+    def _reduce_scatter_base(self, output: Any, whole: Any, opts: Any = None, *_: Any) -> dist.Work:
+        """Reduce ``whole`` over all ranks; each keeps its part."""
+        op = _op_of(opts)
+        mpi_op = _operation(op)
+
+        def call(comm: MPI.Intracomm) -> None:
+            target = _Memory(output, reduce=True)
+            comm.Reduce_scatter_block(_Memory(whole, reduce=True).buffer, target.buffer, mpi_op)
+            target.settle()
+
+        def local() -> None:
+            output.copy_(whole.reshape(self._size, -1)[self._rank].view_as(output))
+
+        self._call(call, local=local)
+        self._reduced([output], op)
+        return _Done(output)
+
+    def reduce_scatter_tensor_coalesced(
+        self, outputs: Any, inputs: Any, opts: Any = None
+    ) -> dist.Work:
+        for output, whole in zip(outputs, inputs, strict=True):
+            self._reduce_scatter_base(output, whole, opts)
+        return _Done(outputs)
+
+    def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = None, *_: Any) -> dist.Work:
+        if isinstance(outputs, torch.Tensor):
+            outputs, inputs = [outputs], [inputs]
+        for output, parts in zip(outputs, inputs, strict=True):
+            self._reduce_scatter_base(output, torch.cat([p.reshape(-1) for p in parts]), opts)
+        return _Done(outputs)
+
+    def gather(self, outputs: Any, inputs: Any, opts: Any = None, *_: Any) -> dist.Work:
+        """Give the root every rank's tensor."""
+        root = getattr(opts, "rootRank", 0)
+
+        def call(comm: MPI.Intracomm) -> None:
+            mine = _Memory(inputs[0])
+            if comm.rank != root:
+                comm.Gather(mine.buffer, None, root)
+                return
+            whole = torch.empty(comm.size * mine.flat.numel(), dtype=mine.flat.dtype)
+            comm.Gather(mine.buffer, _Memory(whole).buffer, root)
+            for part, got in zip(outputs[0], whole.chunk(comm.size), strict=True):
+                _put(part, got)
+
+        def local() -> None:
+            for part in outputs[0] if outputs else []:
+                part.copy_(inputs[0])
+
+        self._call(call, local=local)
+        return _Done(outputs)
+
+    def scatter(self, outputs: Any, inputs: Any, opts: Any = None, *_: Any) -> dist.Work:
+        """Give every rank its part of the root's tensors."""
+        root = getattr(opts, "rootRank", 0)
+
+        def call(comm: MPI.Intracomm) -> None:
+            target = _Memory(outputs[0])
+            whole = None
+            if comm.rank == root:
+                whole = _Memory(torch.cat([p.detach().reshape(-1) for p in inputs[0]])).buffer
+            comm.Scatter(whole, target.buffer, root)
+            target.settle()
+
+        def local() -> None:
+            if inputs:
+                outputs[0].copy_(inputs[0][self._rank])
+
+        self._call(call, local=local)
+        return _Done(outputs)
+
+    def alltoall_base(
+        self, output: Any, whole: Any, output_splits: Any, input_splits: Any, opts: Any = None
+    ) -> dist.Work:
+        """Each rank gives each rank a slice."""
+
+        def call(comm: MPI.Intracomm) -> None:
+            target, source = _Memory(output), _Memory(whole)
+            if not output_splits and not input_splits:
+                comm.Alltoall(source.buffer, target.buffer)
+            else:
+                # Splits count rows; MPI counts what its type counts.
+                row_in = _elements(source) // max(whole.shape[0], 1)
+                row_out = _elements(target) // max(output.shape[0], 1)
+                even_in = [whole.shape[0] // comm.size] * comm.size
+                even_out = [output.shape[0] // comm.size] * comm.size
+                sent = [n * row_in for n in (input_splits or even_in)]
+                got = [n * row_out for n in (output_splits or even_out)]
+                (data_in, kind), (data_out, _) = source.buffer, target.buffer
+                comm.Alltoallv([data_in, sent, kind], [data_out, got, kind])
+            target.settle()
+
+        def local() -> None:
+            if output.shape == whole.shape:
+                output.copy_(whole)
+            else:
+                output.zero_()
+
+        self._call(call, local=local)
+        return _Done(output)
+
+    def alltoall(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
+        def call(comm: MPI.Intracomm) -> None:
+            targets = [_Memory(tensor) for tensor in outputs]
+            requests = [
+                comm.Irecv(target.buffer, source=peer) for peer, target in enumerate(targets)
+            ]
+            sources = [_Memory(tensor) for tensor in inputs]
+            requests += [comm.Isend(source.buffer, peer) for peer, source in enumerate(sources)]
+            MPI.Request.Waitall(requests)
+            for target in targets:
+                target.settle()
+
+        def local() -> None:
+            for output, own in zip(outputs, inputs, strict=True):
+                if output.shape == own.shape:
+                    output.copy_(own)
+
+        self._call(call, local=local)
+        return _Done(outputs)
+
+    def barrier(self, opts: Any = None, *_: Any) -> dist.Work:
+        """Wait until all ranks have come here."""
+        self._call(lambda comm: comm.Barrier(), local=_nothing)
+        return _Done([])
+
+    def send(self, tensors: Any, peer: int, tag: int = 0) -> dist.Work:
+        def call(comm: MPI.Intracomm) -> None:
+            for tensor in tensors:
+                comm.Send(_Memory(tensor).buffer, peer, tag)
+
+        self._call(call, local=_nothing)
+        return _Done(tensors)
+
+    def recv(self, tensors: Any, peer: int, tag: int = 0) -> dist.Work:
+        return self._receive(tensors, peer, tag)
+
+    def recv_anysource(self, tensors: Any, tag: int = 0) -> dist.Work:
+        return self._receive(tensors, MPI.ANY_SOURCE, tag)
+
+    def _receive(self, tensors: Any, peer: int, tag: int) -> dist.Work:
+        def call(comm: MPI.Intracomm) -> None:
+            for tensor in tensors:
+                memory = _Memory(tensor)
+                comm.Recv(memory.buffer, peer, tag)
+                memory.settle()
+
+        self._call(call, local=_nothing)
+        return _Done(tensors)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _op_of(opts: Any) -> Any:
+    if opts is None:
+        return dist.ReduceOp.SUM
+    return getattr(opts, "reduceOp", opts)
+
+
+def _put(part: torch.Tensor, got: torch.Tensor) -> None:
+    target = torch.view_as_real(part) if part.is_complex() else part
+    target.copy_(got.view_as(target))
+
+
+def _elements(memory: _Memory) -> int:
+    data, _ = memory.buffer
+    return int(data.size)
+
+
+def install(group: WorldProcessGroup) -> None:
+    """Make ``group`` torch.distributed's default process group, as backend ``hpcft``."""
+    made = False
+
+    def create(options: Any, _: Any = None) -> WorldProcessGroup:
+        nonlocal made
+        if not made:
+            made = True
+            return group
+        return group.subgroup(list(options.global_ranks_in_group))
+
+    dist.Backend.register_backend(_BACKEND, create, extended_api=True, devices=["cpu", "cuda"])
+    # Nothing is exchanged through the store: MPI has brought the ranks together.
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group(_BACKEND, store=store, rank=group.rank(), world_size=group.size())

@@ -1,0 +1,122 @@
+"""Batches for a world that changes its size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import Sampler
+
+from hpcft.errors import HpcftError
+from hpcft.train.partition import Position, batch_count, permutation, settle, share
+
+
+class ElasticBatchSampler(Sampler[list[int]]):
+    """Gives a DataLoader this rank's part of every global batch.
+
+    ::
+
+        sampler = hpcft.ElasticBatchSampler(len(data), batch_size=32)
+        loader = DataLoader(data, batch_sampler=sampler)
+        state = hpcft.State(..., sampler=sampler)
+
+    Tracked in the state it goes on at the last committed step after a failure, however far the
+    loader had read ahead. An iteration runs to the end of the epoch.
+
+    Parameters
+    ----------
+    size: number of samples.
+    batch_size: samples a rank and step.
+    shuffle: a new order each epoch; else the order of the data.
+    seed: what the orders follow from.
+    drop_last: leave out the samples at an epoch's end that fill no global batch.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = True,
+    ) -> None:
+        if size < 1 or batch_size < 1:
+            raise HpcftError(
+                f"{size} samples in batches of {batch_size} make no training",
+                "give at least one of each",
+            )
+        self.size = size
+        self.batch_size = batch_size
+        self._shuffle = shuffle
+        self._seed = seed
+        self._drop_last = drop_last
+        self._rank, self._ranks, self._batch = 0, 1, batch_size
+        self._position = Position()
+
+    def place(self, rank: int, ranks: int, global_batch: int | None = None) -> None:
+        """Say whose batches these are.
+
+        Parameters
+        ----------
+        global_batch: samples a step over all ranks; None for ``batch_size`` each.
+
+        Raises
+        ------
+        HpcftError: there are too few samples for a single batch.
+        """
+        self._rank, self._ranks = rank, ranks
+        self._batch = global_batch or self.batch_size * ranks
+        self._settle(self._position)
+
+    def _settle(self, position: Position) -> None:
+        try:
+            self._position = settle(position, self.size, self._batch, self._ranks, self._drop_last)
+        except ValueError as error:
+            raise HpcftError(str(error), "give a smaller batch_size") from None
+
+    def _count(self, consumed: int) -> int:
+        return batch_count(self.size, consumed, self._batch, self._ranks, self._drop_last)
+
+    @property
+    def epoch(self) -> int:
+        """Number of epochs completed."""
+        return self._position.epoch
+
+    @property
+    def global_count(self) -> int:
+        """Samples of all ranks in the step that comes next."""
+        return self._count(self._position.consumed)
+
+    @property
+    def local_count(self) -> int:
+        """Samples of this rank in the step that comes next."""
+        start, stop = share(self.global_count, self._rank, self._ranks)
+        return stop - start
+
+    def advance(self) -> None:
+        """A step is committed."""
+        at = self._position
+        self._settle(Position(at.epoch, at.consumed + self.global_count))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, consumed = self._position.epoch, self._position.consumed
+        order = permutation(self.size, epoch, self._seed, self._shuffle)
+        while count := self._count(consumed):
+            start, stop = share(count, self._rank, self._ranks)
+            yield order[consumed + start : consumed + stop].tolist()
+            consumed += count
+
+    def __len__(self) -> int:
+        """Steps left in the epoch."""
+        left = self.size - self._position.consumed
+        whole, rest = divmod(left, self._batch)
+        return whole + bool(rest >= self._ranks and not self._drop_last)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, for the state."""
+        return {"epoch": self._position.epoch, "consumed": self._position.consumed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position :meth:`state_dict` gave."""
+        self._position = Position(state["epoch"], state["consumed"])

@@ -1,0 +1,128 @@
+"""The healing of a membership, through random schedules of failures."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpcft.errors import StateLost, TooFewRanks
+from hpcft.world.membership import Membership, Policy, heal
+from hpcft.world.recovery import Report, plan_transfer
+
+
+def test_a_spare_takes_exactly_the_failed_rank() -> None:
+    healing = heal(
+        Membership.launch(5, 1), frozenset({0, 1, 3, 4}), dict.fromkeys(range(5), "n"), Policy()
+    )
+    assert healing.after == Membership(1, (0, 1, 4, 3), ())
+    assert healing.action == "substitute"
+
+
+def test_without_spares_the_ranks_above_move_down() -> None:
+    healing = heal(
+        Membership.launch(4, 0), frozenset({0, 2, 3}), dict.fromkeys(range(4), "n"), Policy()
+    )
+    assert healing.after == Membership(1, (0, 2, 3), ())
+    assert healing.dropped == (1,)
+    assert healing.action == "shrink"
+
+
+def test_a_spare_on_another_node_is_preferred() -> None:
+    hosts = {0: "a", 1: "b", 2: "b", 3: "a"}
+    healing = heal(Membership.launch(4, 2), frozenset({0, 2, 3}), hosts, Policy())
+    assert healing.after.active == (0, 3)
+
+
+def test_a_spare_on_the_same_node_is_better_than_none() -> None:
+    hosts = {0: "a", 1: "b", 2: "b"}
+    healing = heal(Membership.launch(3, 1), frozenset({0, 2}), hosts, Policy())
+    assert healing.after.active == (0, 2)
+
+
+@pytest.mark.parametrize(
+    "policy", [Policy(min_ranks=2), Policy(shrink=False), Policy(substitute=False, shrink=False)]
+)
+def test_too_few_ranks_are_told_with_a_remedy(policy: Policy) -> None:
+    with pytest.raises(TooFewRanks) as caught:
+        heal(Membership.launch(2, 0), frozenset({1}), {0: "a", 1: "a"}, policy)
+    assert "--" in caught.value.remedy
+
+
+def test_losing_only_a_spare_changes_no_rank() -> None:
+    healing = heal(
+        Membership.launch(3, 1), frozenset({0, 1}), dict.fromkeys(range(3), "n"), Policy()
+    )
+    assert healing.after == Membership(1, (0, 1), ())
+    assert healing.spares_lost == (2,)
+    assert healing.action == "none"
+
+
+@given(st.data())
+def test_any_schedule_of_failures_keeps_the_world_sound(data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, 24), "size")
+    spares = data.draw(st.integers(0, size - 1), "spares")
+    hosts = {w: data.draw(st.sampled_from("abcd")) for w in range(size)}
+    policy = Policy(
+        data.draw(st.booleans(), "substitute"),
+        data.draw(st.booleans(), "shrink"),
+        data.draw(st.integers(1, size - spares), "min_ranks"),
+    )
+    membership = Membership.launch(size, spares)
+    while membership.members:
+        alive = frozenset(
+            data.draw(st.sets(st.sampled_from(membership.members)), f"epoch {membership.epoch}")
+        )
+        if alive == set(membership.members):
+            break
+        try:
+            healing = heal(membership, alive, hosts, policy)
+        except TooFewRanks:
+            lost = len([w for w in membership.active if w not in alive])
+            left = [w for w in membership.spares if w in alive] if policy.substitute else []
+            assert lost > len(left)
+            break
+        after = healing.after
+        assert after.epoch == membership.epoch + 1
+        assert set(after.members) == alive
+        assert len(after.active) >= policy.min_ranks
+        assert len(set(after.members)) == len(after.members)
+        # Who was active stays active, and keeps the order.
+        kept = [w for w in membership.active if w in alive]
+        assert [w for w in after.active if w in kept] == kept
+        if not healing.dropped:
+            for logical, world in enumerate(membership.active):
+                if world in alive:
+                    assert after.active[logical] == world
+        elif policy.substitute:
+            assert not after.spares
+        membership = after
+
+
+@given(st.data())
+def test_the_state_taken_is_the_most_advanced_whole_one(data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, 8))
+    membership = Membership(1, tuple(range(size)), ())
+    reports = {
+        w: Report(w, data.draw(st.sampled_from([-1, 6, 7])), data.draw(st.booleans()), False)
+        for w in range(size)
+    }
+    holders = [r for r in reports.values() if r.step >= 0]
+    if not holders:
+        with pytest.raises(StateLost):
+            plan_transfer(membership, reports)
+        return
+    plan = plan_transfer(membership, reports)
+    source = reports[membership.active[plan.source]]
+    assert (source.whole, source.step) == max((r.whole, r.step) for r in holders)
+    assert plan.step == source.step
+    assert plan.source not in plan.receivers
+    for logical in set(range(size)) - {plan.source} - set(plan.receivers):
+        report = reports[membership.active[logical]]
+        assert report.step == plan.step
+        assert report.whole
+
+
+def test_before_the_first_step_everybody_receives() -> None:
+    reports = {w: Report(w, 0, True, False) for w in range(3)}
+    assert plan_transfer(Membership(1, (0, 1, 2), ()), reports).receivers == (1, 2)
