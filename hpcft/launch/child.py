@@ -85,7 +85,10 @@ class Child:
         assert process.stderr is not None
         self._pumps = [
             threading.Thread(target=self._pump, args=(pipe, out), daemon=True)
-            for pipe, out in ((process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer))
+            for pipe, out in (
+                (process.stdout, sys.stdout.buffer),
+                (process.stderr, sys.stderr.buffer),
+            )
         ]
         for pump in self._pumps:
             pump.start()

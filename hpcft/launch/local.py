@@ -48,7 +48,7 @@ def launch(options: RunOptions, argv: list[str]) -> int:
     # The ranks share the processors as they come; where there are too few, they give way.
     command += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
     command += [sys.executable, "-m", "hpcft.run", "--run-dir", str(options.run_dir), *argv]
-    environ = dict(os.environ)
+    environ = {**os.environ, "HPCFT_LAUNCHER": str(os.getpid())}
     if sys.stderr.isatty():
         environ["HPCFT_TERMINAL"] = "1"
     return _supervise(command, environ)

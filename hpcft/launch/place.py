@@ -9,6 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpcft.errors import UsageError
+from hpcft.launch.interface import address_towards, network_of
+from hpcft.slurm.step import Step, find_step
+
+#: Without the first nothing starts; without the others Slurm ends all tasks when one is lost.
+SRUN_OPTIONS = "--mpi=pmix --kill-on-bad-exit=0 --no-kill --wait=0"
+
 
 @dataclass(frozen=True)
 class Place:
@@ -54,8 +61,9 @@ def find_task(environ: Mapping[str, str] = os.environ) -> Task | None:
     ------
     UsageError: the launcher cannot be used as it is.
     """
-    if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
-        raise NotImplementedError
+    step = find_step(environ)
+    if step:
+        return _slurm_task(step, environ)
     if "PMIX_RANK" in environ:
         host = socket.gethostname()
         place = Place(
@@ -66,8 +74,37 @@ def find_task(environ: Mapping[str, str] = os.environ) -> Task | None:
             "127.0.0.1",
         )
         here = int(environ["OMPI_COMM_WORLD_LOCAL_SIZE"])
-        return Task(place, "mpiexec", True, here, None, _wheel_prefix(environ))
+        if here != place.size:
+            raise UsageError(
+                "mpiexec has started ranks on several nodes, and ends them all when it loses one",
+                "use srun, or one node",
+            )
+        ours = "HPCFT_LAUNCHER" in environ
+        return Task(place, "mpiexec", ours, here, None, _wheel_prefix(environ))
+    if "SLURM_JOB_ID" in environ and environ.get("SLURM_JOB_NUM_NODES", "1") != "1":
+        raise UsageError(
+            "this is a Slurm allocation of several nodes, and nothing has started a task on each",
+            f"put srun in front: srun {SRUN_OPTIONS} python -m hpcft.run ...",
+        )
     return None
+
+
+def _slurm_task(step: Step, environ: Mapping[str, str]) -> Task:
+    if not step.pmix:
+        raise UsageError(
+            "srun has started the tasks without PMIx, so that they cannot find each other",
+            f"use srun {SRUN_OPTIONS} (is pmix missing in `srun --mpi=list`, the site's Slurm was "
+            "built without it)",
+        )
+    try:
+        address = address_towards(step.launcher)
+    except OSError as error:
+        raise UsageError(
+            f"there is no way from {step.host} to srun at {step.launcher}: {error}",
+            "check the node's network",
+        ) from error
+    place = Place(step.task, step.tasks, f"{step.node}", step.host, address)
+    return Task(place, "srun", False, step.tasks_here, network_of(address), _wheel_prefix(environ))
 
 
 def _wheel_prefix(environ: Mapping[str, str]) -> Path | None:

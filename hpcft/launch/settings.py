@@ -27,6 +27,8 @@ def rank_settings(prefix: Path | None, ranks_here: int, interface: str | None) -
         "OMPI_MCA_pml": "ob1",
         "OMPI_MCA_coll": _PLACEMENT_DEPENDENT,
         "PYTHONUNBUFFERED": "1",
+        # The server may offer munge, which the Open MPI of a Python environment lacks.
+        "PMIX_MCA_psec": "native",
     }
     if prefix:
         settings |= {"OPAL_PREFIX": str(prefix), "PMIX_PREFIX": str(prefix)}

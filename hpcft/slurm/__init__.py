@@ -1,1 +1,1 @@
-"""What Slurm tells about the step a process runs in."""
+"""What Slurm tells of the allocation and the step a process is in."""

@@ -30,7 +30,7 @@ def permutation(size: int, epoch: int, seed: int, shuffle: bool) -> npt.NDArray[
 
 
 def share(count: int, rank: int, ranks: int) -> tuple[int, int]:
-    """The slice of ``count`` samples that is ``rank``'s: contiguous, sizes differing by at most 1."""
+    """The slice of ``count`` samples that is ``rank``'s: contiguous, of nearly equal sizes."""
     small, more = divmod(count, ranks)
     start = rank * small + min(rank, more)
     return start, start + small + (rank < more)
