@@ -102,7 +102,9 @@ def main() -> None:
         model.eval()
         with torch.no_grad():
             right = (model.module(images).argmax(dim=1) == labels).float().mean().item()
-        print(f"after {state.step} steps: {right:.1%} of {len(labels)} unseen digits read correctly")
+        print(
+            f"after {state.step} steps: {right:.1%} of {len(labels)} unseen digits read correctly"
+        )
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ class Cluster:
         return [path.name.removeprefix("hpcft-") for path in names]
 
     def _daemons(self) -> list[int]:
-        """Process numbers of what runs from the lab's directory: slurmctld, munged and their like."""
+        """Process numbers of slurmctld, munged and their like, known by the lab's directory."""
         found = []
         for pid in _pids():
             with contextlib.suppress(OSError):
@@ -229,7 +229,7 @@ class Cluster:
 
     def _write_configuration(self) -> None:
         nodes = "\n".join(
-            f"NodeName={node} NodeAddr={NETWORK}.{number} CPUs={_CPUS} RealMemory=4000 State=UNKNOWN"
+            f"NodeName={node} NodeAddr={NETWORK}.{number} CPUs={_CPUS} RealMemory=4000"
             for number, node in enumerate(self.nodes, 1)
         )
         self.conf.write_text(

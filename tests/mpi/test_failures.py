@@ -1,0 +1,240 @@
+"""Trainings on this machine that lose ranks, and end as if they had not."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from training import PROGRAM, Training, family, wait_for
+
+Launch = Callable[..., Training]
+
+pytestmark = pytest.mark.mpi
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Digest of the parameters after 60 steps on 3 ranks to which nothing happens."""
+    place = tmp_path_factory.mktemp("undisturbed")
+    summary = Training(place / "run", ["--nproc", "3"]).start().finish()
+    assert summary["failures"] == []
+    assert summary["steps"] == 60
+    digest: str = summary["params_sha256"]
+    return digest
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_killed_rank_is_replaced_and_nothing_changes(
+    launch: Launch, undisturbed: str, victim: int
+) -> None:
+    run = launch("--nproc", "3", "--spares", "1")
+    run.wait_for_step(20)
+    run.send(victim)
+    summary = run.finish()
+    assert summary["params_sha256"] == undisturbed
+    assert summary["world"] == {"initial": 3, "final": 3, "spares_left": 0}
+    [failure] = summary["failures"]
+    assert failure["ranks"] == [victim]
+    assert failure["cause"] == "killed by SIGKILL"
+    assert failure["action"] == "substitute"
+    assert failure["lost_steps"] == 0
+    assert failure["stall_s"] >= failure["recover_s"] > 0
+    kinds = [event["kind"] for event in run.events()]
+    expected = ["start", "failure", "detection", "adoption", "resume", "recovered", "finish"]
+    assert kinds == expected
+    assert [e["role"] for e in run.ranks()] == ["active"] * 3
+
+
+def test_killed_in_the_middle_of_a_step(launch: Launch, undisturbed: str) -> None:
+    run = launch("--nproc", "3", "--spares", "2", program=["--suicide", "7:0", "--suicide", "30:2"])
+    summary = run.finish()
+    assert summary["params_sha256"] == undisturbed
+    assert [(f["step"], f["ranks"]) for f in summary["failures"]] == [(7, [0]), (30, [2])]
+
+
+def test_two_at_once(launch: Launch, undisturbed: str) -> None:
+    run = launch("--nproc", "3", "--spares", "2")
+    run.wait_for_step(15)
+    for victim in [run.entry(0)["pid"], run.entry(2)["pid"]]:
+        subprocess.run(["kill", "-KILL", str(victim)], check=True)
+    assert run.finish()["params_sha256"] == undisturbed
+
+
+def test_a_stopped_rank_is_fenced_before_the_others_go_on(launch: Launch, undisturbed: str) -> None:
+    run = launch("--nproc", "3", "--spares", "1")
+    run.wait_for_step(15)
+    pid = run.entry(1)["pid"]
+    run.send(1, signal.SIGSTOP)
+    wait_for("the adoption", lambda: any(e["kind"] == "adoption" for e in run.events()))
+    assert not Path(f"/proc/{pid}").exists(), "the stopped process is still there to be continued"
+    summary = run.finish()
+    assert summary["params_sha256"] == undisturbed
+    assert "SIGSTOP" in summary["failures"][0]["cause"]
+
+
+def test_a_rank_stopped_for_a_moment_is_left_alone(launch: Launch, undisturbed: str) -> None:
+    run = launch("--nproc", "3", "--spares", "1", "--timeout-detect", "5")
+    run.wait_for_step(15)
+    run.send(1, signal.SIGSTOP)
+    time.sleep(0.3)
+    run.send(1, signal.SIGCONT)
+    summary = run.finish()
+    assert summary["failures"] == []
+    assert summary["params_sha256"] == undisturbed
+
+
+def test_long_computing_is_no_hang(launch: Launch) -> None:
+    run = launch(
+        "--nproc", "2", "--timeout-detect", "0.4", program=["--steps", "10", "--busy", "3"]
+    )
+    assert run.finish()["failures"] == []
+
+
+def test_a_deadlocked_rank_is_found_and_its_stacks_are_logged(
+    launch: Launch, undisturbed: str
+) -> None:
+    run = launch(
+        "--nproc", "3", "--spares", "1", "--timeout-progress", "2", program=["--deadlock-at", "20"]
+    )
+    summary = run.finish()
+    assert summary["params_sha256"] == undisturbed
+    [failure] = summary["failures"]
+    assert failure["ranks"] == [1]
+    assert "stuck" in failure["cause"]
+    log = (run.run_dir / "logs" / "rank-1.log").read_text()
+    assert "in harm" in log
+
+
+def test_without_spares_the_job_goes_on_smaller(launch: Launch) -> None:
+    run = launch("--nproc", "3")
+    run.wait_for_step(10)
+    run.send(1)
+    summary = run.finish()
+    assert summary["world"] == {"initial": 3, "final": 2, "spares_left": 0}
+    assert summary["failures"][0]["action"] == "shrink"
+    assert summary["steps"] == 60
+
+
+@pytest.mark.parametrize("way", ["scale-lr", "keep-global-batch"])
+def test_after_a_shrink_what_the_user_chose_is_adjusted(launch: Launch, way: str) -> None:
+    program = ["--suicide", "20:3", "--on-shrink", way, "--steps", "40"]
+    run = launch("--nproc", "4", program=program)
+    run.finish()
+    _, seen, _, rate = run.output.splitlines()[-1].split()
+    # StepLR: 0.9 every 10 steps.
+    expected = 1e-2 * 0.9**4
+    if way == "scale-lr":
+        assert float(rate) == pytest.approx(expected * 3 / 4)
+        assert int(seen) == 40 * 16
+    else:
+        assert float(rate) == pytest.approx(expected)
+        assert int(seen) in (20 * 16 + 20 * 21, 20 * 16 + 20 * 22)
+
+
+def test_a_killed_spare_is_noticed_and_harmless(launch: Launch, undisturbed: str) -> None:
+    run = launch("--nproc", "3", "--spares", "2")
+    run.wait_for_step(15)
+    spare = next(entry for entry in run.ranks() if entry["role"] == "spare")
+    subprocess.run(["kill", "-KILL", str(spare["pid"])], check=True)
+    run.wait_for_step(25)
+    run.send(0)
+    summary = run.finish()
+    assert summary["params_sha256"] == undisturbed
+    assert summary["world"]["spares_left"] == 0
+    assert sorted(f["role"] for f in summary["failures"]) == ["active", "spare"]
+
+
+def test_below_min_ranks_the_end_is_clear(launch: Launch) -> None:
+    run = launch("--nproc", "2", "--min-ranks", "2")
+    run.wait_for_step(10)
+    run.send(1)
+    summary = run.finish(code=3)
+    assert summary["result"] == "failed"
+    assert "--min-ranks" in summary["reason"]
+    assert "--min-ranks" in run.output
+
+
+def test_shrinking_can_be_forbidden(launch: Launch) -> None:
+    run = launch("--nproc", "2", "--on-failure", "substitute")
+    run.wait_for_step(10)
+    run.send(0)
+    assert "shrinking is not allowed" in run.finish(code=3)["reason"]
+
+
+def test_a_script_that_always_raises_is_not_healed_for_ever(launch: Launch) -> None:
+    run = launch("--nproc", "2", "--spares", "3", program=["--raise-at", "5"])
+    summary = run.finish(code=1)
+    assert "in the same way" in summary["reason"]
+    assert "this script is wrong" in summary["reason"]
+    assert len(summary["failures"]) == 2
+
+
+def test_a_script_that_fails_in_all_ranks_ends_with_its_code(
+    launch: Launch, tmp_path: Path
+) -> None:
+    script = tmp_path / "wrong.py"
+    script.write_text("import sys; sys.exit(7)\n")
+    run = Training(tmp_path / "run", ["--nproc", "2"], [str(script)]).start()
+    assert run.finish(code=7)["result"] == "failed"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_whatever_ends_the_launcher_nothing_is_left(launch: Launch, number: int) -> None:
+    run = launch("--nproc", "2", "--spares", "1", program=["--steps", "100000"])
+    run.wait_for_step(5)
+    assert len(family(run.run_dir)) >= 6
+    run.process.send_signal(number)
+    code = run.process.wait(20)
+    assert code == (-9 if number == signal.SIGKILL else 128 + number)
+    wait_for("all processes to end", lambda: not family(run.run_dir), 20)
+
+
+def test_spares_are_not_needed_and_leave(launch: Launch, undisturbed: str) -> None:
+    summary = launch("--nproc", "3", "--spares", "2").finish()
+    assert summary["params_sha256"] == undisturbed
+    assert summary["world"]["spares_left"] == 2
+
+
+def test_a_cold_spare_does_as_well(launch: Launch, undisturbed: str) -> None:
+    run = launch("--nproc", "3", "--spares", "1", "--no-warm")
+    run.wait_for_step(20)
+    run.send(1)
+    assert run.finish()["params_sha256"] == undisturbed
+
+
+def test_under_an_existing_mpiexec_the_ranks_are_taken_as_they_are(
+    launch: Launch, undisturbed: str, tmp_path: Path
+) -> None:
+    mpiexec = Path(sys.prefix) / "bin" / "mpiexec"
+    prefix = [str(mpiexec), "--with-ft", "ulfm", "--allow-run-as-root", "-n", "4"]
+    prefix += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
+    run = Training(tmp_path / "run", ["--spares", "1"], prefix=prefix).start()
+    run.wait_for_step(20)
+    run.send(2)
+    assert run.finish()["params_sha256"] == undisturbed
+
+
+def test_as_a_single_process_a_script_runs_without_a_launcher() -> None:
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), "--steps", "3", "--pace", "0"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "PMIX_RANK": "0"},
+    )
+    assert "step 3 rank 0 size 1" in done.stdout, done.stderr
+
+
+def test_the_log_of_events_is_one_object_a_line(launch: Launch) -> None:
+    run = launch("--nproc", "1", program=["--steps", "2"])
+    run.finish()
+    for line in (run.run_dir / "events.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        assert {"kind", "time", "step", "ranks", "epoch"} <= event.keys()

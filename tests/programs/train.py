@@ -1,0 +1,97 @@
+"""A small training with everything that is easy to get wrong after a failure.
+
+Dropout (random numbers), batch normalisation (buffers), Adam (optimizer state), a scheduler, a
+value in the state. Every rank says which step it has completed, for the tests to watch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import threading
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
+
+import hpcft
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--pace", type=float, default=0.01, help="seconds of sleep in a step")
+    parser.add_argument("--busy", type=float, default=0.0, help="seconds holding the GIL, step 5")
+    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--on-shrink", default="keep-lr")
+    parser.add_argument("--raise-at", type=int, default=-1, help="every rank 1 raises in this step")
+    parser.add_argument("--deadlock-at", type=int, default=-1, help="rank 1 deadlocks, once")
+    parser.add_argument("--suicide", action="append", default=[], metavar="STEP:RANK")
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(1)
+    job = hpcft.init(on_shrink=args.on_shrink)
+    data = TensorDataset(torch.randn(960, 16), torch.randint(0, 4, (960,)))
+    net = nn.Sequential(
+        nn.Linear(16, args.width),
+        nn.BatchNorm1d(args.width),
+        nn.ReLU(),
+        nn.Dropout(0.2),
+        nn.Linear(args.width, 4),
+    )
+    model = DistributedDataParallel(net)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10, 0.9)
+    sampler = hpcft.ElasticBatchSampler(len(data), batch_size=16)
+    loader = DataLoader(data, batch_sampler=sampler)
+    state = hpcft.State(
+        model=model, optimizer=optimizer, scheduler=scheduler, sampler=sampler, seen=0
+    )
+    original = int(os.environ["PMIX_RANK"])
+
+    def harm() -> None:
+        # By process, not by role: who has been adopted is not harmed again.
+        if job.spare or original != job.rank:
+            return
+        if f"{state.step}:{job.rank}" in args.suicide:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if state.step == args.deadlock_at and job.rank == 1:
+            lock = threading.Lock()
+            lock.acquire()
+            lock.acquire()
+
+    def train(state: hpcft.State) -> None:
+        while state.step < args.steps:
+            for inputs, targets in loader:
+                harm()
+                if state.step == args.raise_at and job.rank == 1 and not job.spare:
+                    raise ValueError("this script is wrong")
+                loss = F.cross_entropy(model(inputs), targets)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                scheduler.step()
+                state.seen += len(inputs)
+                if args.busy and state.step == 5 and job.rank == 0:
+                    # A regular expression that backtracks: one long call that keeps the GIL.
+                    end = time.monotonic() + args.busy
+                    while time.monotonic() < end:
+                        sum(range(20_000_000))
+                time.sleep(args.pace)
+                state.commit(loss=loss.item())
+                print(f"step {state.step} rank {job.rank} size {job.size}", flush=True)
+                if state.step >= args.steps:
+                    break
+
+    job.run(train, state)
+    print(f"seen {state.seen} lr {optimizer.param_groups[0]['lr']:.8g}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

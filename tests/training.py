@@ -1,0 +1,128 @@
+"""Running a training for a test: start it, watch it, harm it, read what it left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PROGRAM = HERE / "programs" / "train.py"
+
+
+def wait_for(what: str, condition: Callable[[], Any], seconds: float = 60) -> Any:
+    """Wait until ``condition`` gives something true, and return that."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain for {what}"
+        time.sleep(0.01)
+    return found
+
+
+@dataclass
+class Training:
+    """A run of hpcft in the background.
+
+    prefix: what comes before ``python -m hpcft.run``, such as srun and its options.
+    """
+
+    run_dir: Path
+    options: list[str]
+    program: list[str] = field(default_factory=lambda: [str(PROGRAM)])
+    prefix: list[str] = field(default_factory=list)
+    environ: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+
+    def start(self) -> Training:
+        command = [*self.prefix, sys.executable, "-m", "hpcft.run"]
+        command += ["--run-dir", str(self.run_dir), *self.options, *self.program]
+        self.output_file = self.run_dir.with_suffix(".out")
+        with self.output_file.open("wb") as out:
+            self.process = subprocess.Popen(
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**self.environ, "OMP_NUM_THREADS": "1"},
+            )
+        return self
+
+    @property
+    def output(self) -> str:
+        return self.output_file.read_text(errors="replace")
+
+    def ranks(self) -> list[dict[str, Any]]:
+        """The entries of ranks.json, once it is there."""
+        file = self.run_dir / "ranks.json"
+        wait_for("ranks.json", lambda: file.exists() or self.process.poll() is not None)
+        assert file.exists(), self.output
+        entries: list[dict[str, Any]] = json.loads(file.read_text())["ranks"]
+        return entries
+
+    def entry(self, logical: int) -> dict[str, Any]:
+        return next(entry for entry in self.ranks() if entry["logical"] == logical)
+
+    def step(self) -> int:
+        """The highest step any rank has said it has completed."""
+        texts = [log.read_text(errors="replace") for log in self.run_dir.glob("logs/*.log")]
+        return max(
+            (int(n) for text in texts for n in re.findall(r"^step (\d+)", text, re.M)), default=0
+        )
+
+    def wait_for_step(self, step: int) -> None:
+        wait_for(
+            f"step {step}", lambda: self.step() >= step or self.process.poll() is not None, 120
+        )
+        assert self.process.poll() is None, f"ended before step {step}:\n{self.output}"
+
+    def send(self, logical: int, number: int = signal.SIGKILL) -> None:
+        """Send a signal to the process that plays a logical rank."""
+        os.kill(self.entry(logical)["pid"], number)
+
+    def finish(self, code: int = 0, seconds: float = 120) -> dict[str, Any]:
+        """Wait for the end, expect this exit code, return the summary."""
+        try:
+            got = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.stop()
+            raise AssertionError(f"hangs:\n{self.output}\n{self.events()}") from None
+        assert got == code, f"exit code {got}:\n{self.output}"
+        summary: dict[str, Any] = json.loads((self.run_dir / "summary.json").read_text())
+        return summary
+
+    def events(self) -> list[dict[str, Any]]:
+        file = self.run_dir / "events.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def logs(self) -> str:
+        return "\n".join(log.read_text() for log in sorted(self.run_dir.glob("logs/*.log")))
+
+    def stop(self) -> None:
+        """End it, if it has not ended."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.terminate()
+        try:
+            self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def family(run_dir: Path) -> list[int]:
+    """All processes whose command line or environment names the run directory."""
+    mark = str(run_dir).encode()
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) != os.getpid():
+            with contextlib.suppress(OSError):
+                home = Path("/proc") / name
+                if mark in (home / "cmdline").read_bytes() + (home / "environ").read_bytes():
+                    found.append(int(name))
+    return found
