@@ -5,8 +5,8 @@ every machine that can run this:
 
     python -m hpcft.run --nproc 4 --spares 1 examples/train_lm.py --steps 200
 
-`--params 10M` (or 1M, 100M, ...) makes the model larger. As in train_digits.py, a rank killed on the
-way is replaced by the spare within a fraction of a second, and the outcome is the same to the bit.
+`--params 10M` (or 1M, 100M, ...) makes the model larger. As in train_digits.py, a rank killed on
+the way is replaced by the spare within a fraction of a second, with the same outcome to the bit.
 That includes dropout: hpcft gives every rank its random numbers by its place and the step, so a
 spare draws exactly what the rank it replaces would have drawn.
 """
@@ -112,11 +112,11 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def write(self, beginning: str, length: int) -> str:
-        """Go on from ``beginning``, each time with the likeliest character that it knows."""
+        """Go on from ``beginning``, drawing each character as likely as the model finds it."""
         text = encode(beginning)
         for _ in range(length):
             scores = self(text[None, -CONTEXT:])[0, -1, : len(ALPHABET)]
-            text = torch.cat([text, scores.argmax()[None]])
+            text = torch.cat([text, torch.multinomial(F.softmax(2 * scores, dim=0), 1)])
         return "".join(ALPHABET[number] for number in text.tolist())
 
 

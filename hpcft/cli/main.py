@@ -1,0 +1,54 @@
+"""The ``hpcft`` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from hpcft import __version__, run
+from hpcft.cli import doctor
+from hpcft.errors import HpcftError
+
+_DESCRIPTION = "PyTorch training on MPI that survives the loss of ranks and nodes in place."
+
+_EPILOG = """\
+to begin with:
+    hpcft doctor                                        does it work on this machine?
+    hpcft run --nproc 4 --spares 1 train.py             train here
+    srun --mpi=pmix --kill-on-bad-exit=0 --no-kill --wait=0 -N4 \\
+        hpcft run --spares 1 train.py                   train in a Slurm allocation
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: this process's) and return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["run"]:
+        # Has a parser of its own, for `python -m hpcft.run` is the same command.
+        return run.main(argv[1:])
+    parser = argparse.ArgumentParser(
+        prog="hpcft",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"hpcft {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
+    commands.add_parser("run", help="start a training whose ranks may die", add_help=False)
+    doctor.add_arguments(
+        commands.add_parser(
+            "doctor",
+            help=doctor.SUMMARY,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    args = parser.parse_args(argv)
+    try:
+        return doctor.run(args)
+    except HpcftError as error:
+        print(f"hpcft: {error.line}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
