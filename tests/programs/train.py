@@ -53,7 +53,7 @@ def main() -> None:
     state = hpcft.State(
         model=model, optimizer=optimizer, scheduler=scheduler, sampler=sampler, seen=0
     )
-    original = int(os.environ["PMIX_RANK"])
+    original = int(os.environ.get("PMIX_RANK", 0))
 
     def harm() -> None:
         # By process, not by role: who has been adopted is not harmed again.

@@ -53,7 +53,7 @@ SchedulerParameters=sched_interval=2
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 KillWait=5
-SlurmdTimeout=300
+SlurmdTimeout=5
 TCPTimeout=5
 MessageTimeout=20
 {nodes}

@@ -1,0 +1,72 @@
+"""The lab, for tests."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from cluster import Cluster, missing
+from training import PROGRAM, Training
+
+SRUN = ["srun", "--mpi=pmix", "--kill-on-bad-exit=0", "--no-kill", "--wait=0"]
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Cluster]:
+    """Four Slurm nodes; taken down at the end if these tests have brought them up."""
+    if reason := missing():
+        pytest.skip(f"the Slurm lab {reason}")
+    cluster = Cluster()
+    was_up = cluster.is_up()
+    cluster.up()
+    yield cluster
+    if not was_up:
+        cluster.down()
+
+
+@pytest.fixture
+def cluster(lab: Cluster) -> Iterator[Cluster]:
+    """The lab with all nodes well, before and after."""
+    yield lab
+    for node in lab.nodes:
+        lab.thaw(node)
+        lab.revive(node)
+
+
+@pytest.fixture
+def shared_path() -> Iterator[Path]:
+    """A directory all nodes see; their /tmp is their own."""
+    path = Path(tempfile.mkdtemp(prefix="hpcft-test-", dir="/var/tmp"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def srun(cluster: Cluster, shared_path: Path) -> Iterator[Callable[..., Training]]:
+    """Starts a training on the lab's nodes."""
+    started: list[Training] = []
+
+    def start(
+        nodes: int, per_node: int, spares: int, *options: str, program: list[str] | None = None
+    ) -> Training:
+        words = [*SRUN, f"-N{nodes}", f"--ntasks-per-node={per_node}"]
+        training = Training(
+            shared_path / f"run{len(started)}",
+            ["--spares", str(spares), *options],
+            [str(PROGRAM), *(program or [])],
+            cluster.command(words),
+            cluster.environ(),
+        )
+        started.append(training.start())
+        return training
+
+    yield start
+    for training in started:
+        training.stop()
