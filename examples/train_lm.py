@@ -112,7 +112,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def write(self, beginning: str, length: int) -> str:
-    """Width that makes about so many parameters: nearly all are in the layers, 12 width**2 each."""
+        """Go on from ``beginning``, drawing each character as likely as the model finds it."""
         text = encode(beginning)
         for _ in range(length):
             scores = self(text[None, -CONTEXT:])[0, -1, : len(ALPHABET)]

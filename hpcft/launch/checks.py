@@ -92,7 +92,7 @@ def examine(run_dir: Path, environ: Mapping[str, str] = os.environ) -> Iterator[
     yield from memory()
     yield shared_memory()
     yield from run_directory(run_dir, nodes=_nodes(environ))
-    yield interface(step)
+    yield interface(step, environ)
     yield from slurm(step, environ)
     if mpi and mpi.ulfm:
         yield try_killed_rank(mpi, environ)
@@ -231,18 +231,16 @@ def run_directory(place: Path, nodes: int) -> Iterator[Finding]:
         )
 
 
-def interface(step: Step | None) -> Finding:
+def interface(step: Step | None, environ: Mapping[str, str]) -> Finding:
     """Which network the ranks would use."""
-    if step is None:
+    peer = step.launcher if step else _other_node(environ)
+    if peer is None:
         return Finding("network", Level.OK, "one machine: shared memory and loopback")
     try:
-        address = address_towards(step.launcher)
+        address = address_towards(peer)
     except OSError as error:
         return Finding(
-            "network",
-            Level.FAIL,
-            f"no way to srun at {step.launcher}: {error.strerror}",
-            "check the node's network",
+            "network", Level.FAIL, f"no way to {peer}: {error.strerror}", "check the network"
         )
     network = network_of(address)
     if network is None:
@@ -252,9 +250,7 @@ def interface(step: Step | None) -> Finding:
             f"{address} leads to the other nodes, but belongs to no interface with a netmask",
             "choose one yourself: export OMPI_MCA_btl_tcp_if_include=NETWORK/BITS",
         )
-    if network.startswith("127."):
-        return Finding("network", Level.OK, "srun is on this node: loopback")
-    return Finding("network", Level.OK, f"{network}, by which this node reaches srun ({address})")
+    return Finding("network", Level.OK, f"{network}, by which this node reaches {peer} ({address})")
 
 
 def slurm(step: Step | None, environ: Mapping[str, str]) -> Iterator[Finding]:
@@ -373,6 +369,14 @@ def _failure(subject: str, error: HpcftError) -> Finding:
 
 def _nodes(environ: Mapping[str, str]) -> int:
     return int(environ.get("SLURM_STEP_NUM_NODES", environ.get("SLURM_JOB_NUM_NODES", "1")))
+
+
+def _other_node(environ: Mapping[str, str]) -> str | None:
+    """Some node of the allocation that is not this one."""
+    if _nodes(environ) == 1:
+        return None
+    nodes = _output(["scontrol", "show", "hostnames", environ.get("SLURM_JOB_NODELIST", "")])
+    return next((node for node in nodes.split() if node != host_name()), None)
 
 
 def _memory_limit_files() -> Iterator[Path]:
