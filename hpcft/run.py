@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 def _shepherd(options: RunOptions, task: Task) -> int:
     active = check_sizes(options, task.place.size, task.starter)
     if not task.launched_by_us and task.place.rank == 0:
-        local.create_run_directory(options)
+        local.create_run_directory(options, task.place.size)
     if task.starter == "srun" and task.place.rank == 0:
         _warn_of_srun_options()
     settings = rank_settings(task.prefix, task.ranks_here, task.interface)

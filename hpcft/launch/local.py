@@ -43,7 +43,7 @@ def launch(options: RunOptions, argv: list[str]) -> int:
     mpi = openmpi.find()
     openmpi.require_fault_tolerance(mpi)
     openmpi.require_mpi4py(mpi)
-    create_run_directory(options)
+    create_run_directory(options, tasks)
     command = [str(mpi.mpiexec), "--with-ft", "ulfm", "-n", str(tasks), "--allow-run-as-root"]
     # The ranks share the processors as they come; where there are too few, they give way.
     command += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
@@ -54,7 +54,7 @@ def launch(options: RunOptions, argv: list[str]) -> int:
     return _supervise(command, environ)
 
 
-def create_run_directory(options: RunOptions) -> None:
+def create_run_directory(options: RunOptions, tasks: int) -> None:
     """Make the run directory.
 
     Raises
@@ -62,7 +62,7 @@ def create_run_directory(options: RunOptions) -> None:
     UsageError: it cannot be made.
     """
     try:
-        RunDirectory(options.run_dir).create()
+        RunDirectory(options.run_dir).create(tasks)
     except OSError as error:
         raise UsageError(
             f"the run directory cannot be made: {error}", "give another --run-dir"

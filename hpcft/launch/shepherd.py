@@ -39,8 +39,8 @@ from hpcft.world.progress import Progress
 
 #: Has the rank write the stacks of all its threads to its log.
 STACKS_SIGNAL = signal.SIGRTMIN + 6
-#: Seconds a rank has to end by itself when it is asked to.
-_GRACE = 2.0
+#: Seconds a fenced shepherd waits to hear from the others.
+_FENCED_TIME = 60.0
 #: Seconds in which all ranks must have started MPI.
 _START_TIME = 300.0
 
@@ -306,8 +306,16 @@ class Shepherd:
 
     def _fence(self, reason: str) -> None:
         self._child.kill()
-        if not self._over.is_set():
+        if self._fenced or self._over.is_set():
+            return
+        self._fenced = True
+        if self._options.verbose >= 2:
             print(f"hpcft: rank {self._place.rank}: {reason}", file=sys.stderr, flush=True)
+        # The others decide how the run ends. Should the link heal, we learn of it in time to leave
+        # with their exit code.
+        asyncio.get_running_loop().call_later(_FENCED_TIME, self._give_up)
+
+    def _give_up(self) -> None:
         self._code = 4
         self._over.set()
 

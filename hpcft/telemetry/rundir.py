@@ -42,15 +42,20 @@ class RunDirectory:
         """Where process ``world``'s output goes."""
         return self.path / "logs" / f"rank-{world}.log"
 
-    def create(self) -> None:
+    def create(self, size: int) -> None:
         """Make the directory, and clear what a former run left under the names above.
+
+        Parameters
+        ----------
+        size: number of processes; their logs are left alone, for they may have begun them.
 
         Raises
         ------
         OSError: it cannot be made or written to.
         """
         (self.path / "logs").mkdir(parents=True, exist_ok=True)
-        former = (self.path / "logs").glob("rank-*.log")
+        own = {self.log_file(world) for world in range(size)}
+        former = set((self.path / "logs").glob("rank-*.log")) - own
         for file in (self.ranks_file, self.events_file, self.summary_file, *former):
             file.unlink(missing_ok=True)
 
