@@ -86,14 +86,18 @@ class Training:
         """Send a signal to the process that plays a logical rank."""
         os.kill(self.entry(logical)["pid"], number)
 
-    def finish(self, code: int = 0, seconds: float = 120) -> dict[str, Any]:
-        """Wait for the end, expect this exit code, return the summary."""
+    def wait(self, code: int = 0, seconds: float = 120) -> None:
+        """Wait for the end, and expect this exit code."""
         try:
             got = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.stop()
             raise AssertionError(f"hangs:\n{self.output}\n{self.events()}") from None
         assert got == code, f"exit code {got}:\n{self.output}"
+
+    def finish(self, code: int = 0, seconds: float = 120) -> dict[str, Any]:
+        """Wait for the end, expect this exit code, return the summary."""
+        self.wait(code, seconds)
         summary: dict[str, Any] = json.loads((self.run_dir / "summary.json").read_text())
         return summary
 

@@ -12,14 +12,15 @@ Facts (a rank is dead, a rank is done, the run is over) are flooded: who learns 
 on to every connection but the one it came from. Facts only accumulate, so order and repetition do
 not matter::
 
-    lost   a node's leader: the node is dead or cut off; its ranks are dead with it
-    dead   a rank: its process is dead, or will be before it can speak again
-    done   a rank: it ended as agreed
-    stuck  a rank: it waits in a collective and nothing has moved for long
-    end    a rank: it wants the whole run to end now
-    bye    a shepherd: it knows that all is over and is about to leave
+    suspect L  a leader: it suspects node L, whose leader is L
+    lost       a node's leader: the node is dead or cut off; its ranks are dead with it
+    dead       a rank: its process is dead, or will be before it can speak again
+    done       a rank: it ended as agreed
+    stuck N    a rank: it waits in a collective and nothing has moved for long, for the Nth time
+    end        a rank: it wants the whole run to end now
+    bye        a shepherd: it knows that all is over and is about to leave
 
- Leaders exchange beats and judge silence with :mod:`hpcft.launch.quorum`.
+Leaders exchange beats, and judge silence with :mod:`hpcft.launch.quorum`.
 
 With n nodes there are n (n - 1) / 2 connections and each leader sends n - 1 beats a period: meant
 for hundreds of nodes.
@@ -137,6 +138,8 @@ class Fleet:
         self._tasks: set[asyncio.Task[None]] = set()
         self._arrived = asyncio.Event()
         self._quorum: Quorum | None = None
+        #: leader -> the first suspicion of it
+        self._suspicions: dict[int, Message] = {}
         self._holding = False
 
     @property
@@ -236,6 +239,8 @@ class Fleet:
                         self._quorum.heard(peer, time.monotonic(), message["echo"])
                 elif "hold" in message:
                     self._on_hold(message["hold"])
+                elif "fence" in message:
+                    self._on_fenced(message["fence"])
                 else:
                     self._learn(message, connection)
         except OSError:
@@ -270,33 +275,68 @@ class Fleet:
             if connection is not origin:
                 connection.send(fact)
         if fact["fact"] == "lost":
-            if fact["rank"] == self._leader:
-                self._on_fenced("the others declared this node dead")
-            elif self._quorum:
+            if self._quorum:
                 self._quorum.lost(fact["rank"])
+            if fact["rank"] == self._leader:
+                self._on_fenced("the others go on without this node")
+        elif fact["fact"].startswith("suspect"):
+            self._learn_suspicion(fact)
         self._on_fact(fact)
+
+    def _suspect(self, detail: Message) -> None:
+        self.announce(f"suspect {detail['leader']}", self.rank, **detail)
+
+    def _learn_suspicion(self, fact: Message) -> None:
+        leader = fact["leader"]
+        self._suspicions.setdefault(leader, fact)
+        if leader == self._leader:
+            self._on_fenced("the others have not heard this node")
+        if not self._quorum:
+            return
+        new = leader not in self._quorum.suspects
+        self._quorum.told(fact["rank"], {leader})
+        if new:
+            self._suspect({name: fact[name] for name in ("leader", "silence", "at")})
+        for gone in sorted(self._quorum.decided()):
+            first = self._suspicions[gone]
+            host = self._peers[gone].host
+            self._declare(gone, f"node {host} silent for {first['silence']:.2f} s", first["at"])
 
     async def _beat(self) -> None:
         period = self._timeout / 10
         while True:
+            assert self._quorum is not None
             now = time.monotonic()
             for leader in self._nodes:
                 if connection := self._connections.get(leader):
-                    connection.send({"beat": now, "echo": self._clock_of.get(leader)})
+                    echo = self._clock_of.get(leader) if self._quorum.answers(leader) else None
+                    connection.send({"beat": now, "echo": echo})
             await asyncio.sleep(period)
             self._judge()
 
     def _judge(self) -> None:
         assert self._quorum is not None
         verdict = self._quorum.tick(time.monotonic())
-        for leader, silence in verdict.declared.items():
-            host = self._peers[leader].host
-            self._declare(leader, f"node {host} silent for {silence:.2f} s", time.time() - silence)
+        details = {
+            leader: {"leader": leader, "silence": silence, "at": time.time() - silence}
+            for leader, silence in verdict.suspected.items()
+        }
+        # All known before the first is announced, for a decision is on all.
+        self._suspicions |= details
+        for detail in details.values():
+            self._suspect(detail)
         if verdict.fenced:
-            self._on_fenced("this node is cut off from the majority")
+            self._order({"fence": "this node is cut off from the majority"})
         if verdict.hold != self._holding:
             self._holding = verdict.hold
-            self._on_hold(verdict.hold)
-            for rank in self._nodes[self.rank]:
-                if connection := self._connections.get(rank):
-                    connection.send({"hold": verdict.hold})
+            self._order({"hold": verdict.hold})
+
+    def _order(self, message: Message) -> None:
+        """Have all ranks of this node held, let go or killed."""
+        if "hold" in message:
+            self._on_hold(message["hold"])
+        else:
+            self._on_fenced(message["fence"])
+        for rank in self._nodes[self.rank]:
+            if connection := self._connections.get(rank):
+                connection.send(message)

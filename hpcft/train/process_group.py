@@ -7,12 +7,13 @@ so that a backward pass comes to its end; the job looks at :attr:`WorldProcessGr
 edges of a step, recovers, and attaches the new communicator to the same object, so that whatever
 holds the group (a DDP module) keeps it.
 
-All calls block; they are made in the thread that torch calls them in.
+Collectives block, in the thread that torch calls them in; sends and receives do not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -80,6 +81,47 @@ class _Done(dist.Work):
         future: Future[Any] = Future()
         future.set_result(self._result)
         return future
+
+
+class _Pending(dist.Work):
+    """A message on its way.
+
+    Parameters
+    ----------
+    group: whose call it is; records a failure, as in a collective.
+    requests: what MPI knows of it.
+    memories: what is sent, or received into.
+    """
+
+    def __init__(
+        self, group: WorldProcessGroup, requests: list[MPI.Request], memories: list[_Memory]
+    ) -> None:
+        super().__init__()
+        self._group = group
+        self._requests = requests
+        self._memories = memories
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        self._finish(lambda: MPI.Request.Waitall(self._requests))
+        return True
+
+    def is_completed(self) -> bool:
+        return not self._requests or self._finish(lambda: MPI.Request.Testall(self._requests))
+
+    def is_success(self) -> bool:
+        return self.is_completed()
+
+    def _finish(self, finish: Callable[[], bool]) -> bool:
+        done = True
+        if self._requests and self._group.failure is None:
+            with self._group.calling():
+                done = finish()
+            if done and self._group.failure is None:
+                for memory in self._memories:
+                    memory.settle()
+        if done:
+            self._requests, self._memories = [], []
+        return done
 
 
 def _operation(op: Any) -> MPI.Op:
@@ -151,6 +193,7 @@ class WorldProcessGroup(dist.ProcessGroup):
         self._rank = rank
         self._size = size
         self._progress = progress
+        self._name = self._description = ""
         self._comm: MPI.Intracomm | None = None
         self._subgroups: list[tuple[WorldProcessGroup, tuple[int, ...]]] = []
         self.failure: BaseException | None = None
@@ -205,8 +248,22 @@ class WorldProcessGroup(dist.ProcessGroup):
     def size(self) -> int:
         return self._size
 
+    # These names are those of the C++ methods they override.
+
     def getBackendName(self) -> str:  # noqa: N802
         return _BACKEND
+
+    def getGroupName(self) -> str:  # noqa: N802
+        return self._name
+
+    def setGroupName(self, name: str) -> None:  # noqa: N802
+        self._name = name
+
+    def getGroupDesc(self) -> str:  # noqa: N802
+        return self._description
+
+    def setGroupDesc(self, description: str) -> None:  # noqa: N802
+        self._description = description
 
     def _call(
         self, call: Callable[[MPI.Intracomm], object], *, local: Callable[[], object]
@@ -215,9 +272,15 @@ class WorldProcessGroup(dist.ProcessGroup):
         if self._comm is None or self.failure is not None:
             local()
             return
+        with self.calling():
+            call(self._comm)
+
+    @contextlib.contextmanager
+    def calling(self) -> Iterator[None]:
+        """Around a call of MPI: tells that it may wait for others, and records its failure."""
         self._progress.enter()
         try:
-            call(self._comm)
+            yield
         except MPI.Exception as error:
             self.failure = error
         finally:
@@ -229,6 +292,7 @@ class WorldProcessGroup(dist.ProcessGroup):
                 tensor.div_(self._size)
 
     # -- collectives ---------------------------------------------------------------------------
+    # Torch 2.13 has given some of them new names; the older names are still asked for.
 
     def allreduce(self, tensors: Any, opts: Any = None, timeout: Any = None) -> dist.Work:
         """Reduce each tensor over all ranks, in place."""
@@ -319,9 +383,6 @@ class WorldProcessGroup(dist.ProcessGroup):
         self._call(call, local=local)
         return _Done(output)
 
-    def all_gather_single(self, output: Any, own: Any, *rest: Any) -> dist.Work:
-        return self._allgather_base(output, own)
-
     def allgather_into_tensor_coalesced(
         self, outputs: Any, inputs: Any, opts: Any = None
     ) -> dist.Work:
@@ -364,6 +425,11 @@ class WorldProcessGroup(dist.ProcessGroup):
         for output, parts in zip(outputs, inputs, strict=True):
             self._reduce_scatter_base(output, torch.cat([p.reshape(-1) for p in parts]), opts)
         return _Done(outputs)
+
+    all_gather_single = _allgather_base  # type: ignore[assignment]
+    all_gather_single_coalesced = allgather_into_tensor_coalesced  # type: ignore[assignment]
+    reduce_scatter_single = _reduce_scatter_base  # type: ignore[assignment]
+    reduce_scatter_single_coalesced = reduce_scatter_tensor_coalesced  # type: ignore[assignment]
 
     def gather(self, outputs: Any, inputs: Any, opts: Any = None, *_: Any) -> dist.Work:
         """Give the root every rank's tensor."""
@@ -435,6 +501,8 @@ class WorldProcessGroup(dist.ProcessGroup):
         self._call(call, local=local)
         return _Done(output)
 
+    all_to_all_single = alltoall_base  # type: ignore[assignment]
+
     def alltoall(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
         def call(comm: MPI.Intracomm) -> None:
             targets = [_Memory(tensor) for tensor in outputs]
@@ -461,28 +529,29 @@ class WorldProcessGroup(dist.ProcessGroup):
         return _Done([])
 
     def send(self, tensors: Any, peer: int, tag: int = 0) -> dist.Work:
-        def call(comm: MPI.Intracomm) -> None:
-            for tensor in tensors:
-                comm.Send(_Memory(tensor).buffer, peer, tag)
-
-        self._call(call, local=_nothing)
-        return _Done(tensors)
+        # Settling these writes a tensor's own values back to it.
+        memories = [_Memory(tensor) for tensor in tensors]
+        return self._post(lambda comm, memory: comm.Isend(memory.buffer, peer, tag), memories)
 
     def recv(self, tensors: Any, peer: int, tag: int = 0) -> dist.Work:
-        return self._receive(tensors, peer, tag)
+        memories = [_Memory(tensor) for tensor in tensors]
+        return self._post(lambda comm, memory: comm.Irecv(memory.buffer, peer, tag), memories)
 
     def recv_anysource(self, tensors: Any, tag: int = 0) -> dist.Work:
-        return self._receive(tensors, MPI.ANY_SOURCE, tag)
+        return self.recv(tensors, MPI.ANY_SOURCE, tag)
 
-    def _receive(self, tensors: Any, peer: int, tag: int) -> dist.Work:
+    def _post(
+        self,
+        post: Callable[[MPI.Intracomm, _Memory], MPI.Request],
+        memories: list[_Memory],
+    ) -> dist.Work:
+        requests: list[MPI.Request] = []
+
         def call(comm: MPI.Intracomm) -> None:
-            for tensor in tensors:
-                memory = _Memory(tensor)
-                comm.Recv(memory.buffer, peer, tag)
-                memory.settle()
+            requests.extend(post(comm, memory) for memory in memories)
 
         self._call(call, local=_nothing)
-        return _Done(tensors)
+        return _Pending(self, requests, memories)
 
 
 def _nothing() -> None:

@@ -90,6 +90,7 @@ def main() -> None:
                     break
 
     job.run(train, state)
+    print(f"digest {state.digest()}", flush=True)
     print(f"seen {state.seen} lr {optimizer.param_groups[0]['lr']:.8g}", flush=True)
 
 

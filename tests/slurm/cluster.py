@@ -333,13 +333,26 @@ class Cluster:
         self.thaw(node)
         _wait(f"{node} to be dead", lambda: not self.processes(node))
 
-    def revive(self, node: str) -> None:
-        """Bring a killed or cut node back and wait until Slurm has it again."""
-        self.heal(node)
-        if not any(_name(pid) == "slurmd" for pid in self.processes(node)):
-            self._start_slurmd(node)
-        self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
-        _wait(f"{node} to be idle", lambda: self.states().get(node) == "idle", 60)
+    def revive(self) -> None:
+        """Undo all harm, and wait until Slurm has all nodes again."""
+        for node in self.nodes:
+            self.thaw(node)
+            self.heal(node)
+            if not any(_name(pid) == "slurmd" for pid in self.processes(node)):
+                self._start_slurmd(node)
+        deadline = time.monotonic() + 60
+        gentle = time.monotonic() + 3
+        while busy := [node for node, state in self.states().items() if state != "idle"]:
+            if time.monotonic() > deadline:
+                raise LabError(f"nodes do not come back: {self.states()}")
+            if time.monotonic() > gentle:
+                # Slurm can be minutes in asking a node again about a job that ended when it was
+                # away. Down and up clears that.
+                for node in busy:
+                    for state in ("DOWN", "RESUME"):
+                        command = ("scontrol", "update", f"NodeName={node}", f"State={state}")
+                        self.run(*command, "Reason=lab")
+            time.sleep(0.2)
 
     def cut(self, node: str) -> None:
         """Take the node's link down. Nobody is told."""
@@ -384,9 +397,10 @@ A real Slurm cluster of four nodes on this machine, for trying things out.
   tests/slurm/lab up             bring it up (about 4 s)
   tests/slurm/lab shell          a shell in which srun and sbatch speak to it
   tests/slurm/lab run CMD...     run one command there: lab run srun -N4 hostname
-  tests/slurm/lab kill NODE      kill everything on a node;  revive NODE  bring it back
+  tests/slurm/lab kill NODE      kill everything on a node
   tests/slurm/lab cut NODE       take a node's link down;    heal NODE    bring it up
   tests/slurm/lab freeze NODE    stop everything on a node;  thaw NODE    let it go on
+  tests/slurm/lab revive         undo all of these
   tests/slurm/lab status         the nodes' states
   tests/slurm/lab down           take it down; leaves nothing behind
 
@@ -399,7 +413,6 @@ def main(words: list[str]) -> int:
     cluster = Cluster()
     harm = {
         "kill": cluster.kill_node,
-        "revive": cluster.revive,
         "cut": cluster.cut,
         "heal": cluster.heal,
         "freeze": cluster.freeze,
@@ -412,6 +425,8 @@ def main(words: list[str]) -> int:
                 print("the lab is up: try `tests/slurm/lab run srun -N4 hostname`")
             case ["down"]:
                 cluster.down()
+            case ["revive"]:
+                cluster.revive()
             case ["status"]:
                 for node, state in cluster.states().items():
                     print(f"{node}  {state}  {len(cluster.processes(node))} processes")

@@ -35,9 +35,7 @@ def lab() -> Iterator[Cluster]:
 def cluster(lab: Cluster) -> Iterator[Cluster]:
     """The lab with all nodes well, before and after."""
     yield lab
-    for node in lab.nodes:
-        lab.thaw(node)
-        lab.revive(node)
+    lab.revive()
 
 
 @pytest.fixture

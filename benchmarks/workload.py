@@ -1,0 +1,121 @@
+"""The training that the benchmarks run: the same model and steps under hpcft and under torchrun.
+
+Under ``python -m hpcft.run`` it is a job of hpcft's. Started by torchrun it is an ordinary script:
+gloo, and a checkpoint by rank 0 every ``--save-every`` steps, from which a restarted one goes on.
+Rank 0 notes the end of every step in the file ``--stamps``: step, time, process number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+LAYERS = 8
+
+
+def network(parameters: int) -> nn.Module:
+    width = round((parameters / LAYERS) ** 0.5)
+    layers = [layer for _ in range(LAYERS) for layer in (nn.Linear(width, width), nn.ReLU())]
+    return nn.Sequential(*layers)
+
+
+class Workload:
+    """Model, optimizer and one training step."""
+
+    def __init__(self, parameters: int, batch: int) -> None:
+        torch.manual_seed(0)
+        self.model = DistributedDataParallel(network(parameters))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4)
+        width = self.model.module[0].in_features
+        self._inputs = torch.randn(batch, width)
+
+    def step(self) -> None:
+        loss: Tensor = self.model(self._inputs).square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+class Stamps:
+    """Notes the end of steps, if there is a file to note it in."""
+
+    def __init__(self, path: str) -> None:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        self._fd = os.open(path, flags, 0o644)
+
+    def add(self, step: int) -> None:
+        os.write(self._fd, f"{step} {time.time():.6f} {os.getpid()}\n".encode())
+
+
+def under_hpcft(args: argparse.Namespace) -> None:
+    import hpcft
+
+    job = hpcft.init()
+    workload = Workload(args.params, args.batch)
+    state = hpcft.State(model=workload.model, optimizer=workload.optimizer)
+    stamps = Stamps(args.stamps)
+
+    def train(state: hpcft.State) -> None:
+        while state.step < args.steps:
+            workload.step()
+            state.commit()
+            if job.rank == 0 and not job.spare:
+                stamps.add(state.step)
+
+    job.run(train, state)
+
+
+def under_torchrun(args: argparse.Namespace) -> None:
+    dist.init_process_group("gloo")
+    workload = Workload(args.params, args.batch)
+    stamps = Stamps(args.stamps)
+    step = 0
+    checkpoint = Path(args.checkpoint)
+    if args.save_every and checkpoint.exists():
+        saved = torch.load(checkpoint)
+        workload.model.module.load_state_dict(saved["model"])
+        workload.optimizer.load_state_dict(saved["optimizer"])
+        step = saved["step"]
+    while step < args.steps:
+        workload.step()
+        step += 1
+        if dist.get_rank() == 0:
+            stamps.add(step)
+            if args.save_every and step % args.save_every == 0:
+                aside = checkpoint.with_suffix(".new")
+                saved = {
+                    "model": workload.model.module.state_dict(),
+                    "optimizer": workload.optimizer.state_dict(),
+                    "step": step,
+                }
+                torch.save(saved, aside)
+                aside.replace(checkpoint)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--params", type=float, default=10e6)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=10**9)
+    parser.add_argument("--stamps", required=True)
+    parser.add_argument("--save-every", type=int, default=0)
+    parser.add_argument("--checkpoint", default="")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        under_torchrun(args)
+    else:
+        under_hpcft(args)
+
+
+if __name__ == "__main__":
+    main()
