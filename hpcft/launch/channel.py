@@ -17,7 +17,7 @@ from typing import Any
 Message = dict[str, Any]
 
 #: A message is small; more than this in a line is not one of ours.
-_LINE_LIMIT = 1 << 20
+LINE_LIMIT = 1 << 20
 #: Seconds in which a stranger has to prove itself.
 _HANDSHAKE_TIME = 5.0
 
@@ -52,6 +52,8 @@ class Connection:
             line = await self._reader.readline()
         except ConnectionResetError:
             return None
+        except ValueError as error:
+            raise ConnectionError(f"not a message: {error}") from error
         if not line.endswith(b"\n"):
             return None
         message: Message = json.loads(line)
@@ -124,7 +126,8 @@ async def authenticate(
         return await asyncio.wait_for(
             _exchange(reader, writer, secret, rank, role, other), _HANDSHAKE_TIME
         )
-    except (OSError, ValueError, KeyError, TypeError, asyncio.TimeoutError) as error:
+    except Exception as error:
+        # A stranger may send anything, and so cause any error.
         writer.close()
         raise Refused(str(error)) from error
 
@@ -132,8 +135,8 @@ async def authenticate(
 async def connect(address: str, port: int, secret: bytes, rank: int) -> Connection:
     """Connect to the shepherd listening at ``address`` (an abstract Unix socket if port is 0)."""
     if port:
-        opening = asyncio.open_connection(address, port, limit=_LINE_LIMIT)
+        opening = asyncio.open_connection(address, port, limit=LINE_LIMIT)
     else:
-        opening = asyncio.open_unix_connection("\0" + address, limit=_LINE_LIMIT)
+        opening = asyncio.open_unix_connection("\0" + address, limit=LINE_LIMIT)
     reader, writer = await opening
     return await authenticate(reader, writer, secret, rank, listener=False)

@@ -35,7 +35,14 @@ import time
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass
 
-from hpcft.launch.channel import Connection, Message, Refused, authenticate, connect
+from hpcft.launch.channel import (
+    LINE_LIMIT,
+    Connection,
+    Message,
+    Refused,
+    authenticate,
+    connect,
+)
 from hpcft.launch.quorum import Quorum
 
 
@@ -169,7 +176,7 @@ class Fleet:
 
         for sock in (listener.tcp, listener.unix):
             start = asyncio.start_server if sock is listener.tcp else asyncio.start_unix_server
-            await start(accept, sock=sock)
+            await start(accept, sock=sock, limit=LINE_LIMIT)
         if not self._leads:
             leader = self._peers[self._leader]
             self._adopt(await connect(leader.local, 0, secret, self.rank))

@@ -56,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        # Else options of the script's would count as short for ours.
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add(
@@ -126,8 +128,12 @@ def _parser() -> argparse.ArgumentParser:
         help="leave params_sha256 out of the summary",
     )
     add("-m", dest="module", action="store_true", help="SCRIPT is a module, as in python -m")
-    add("script", metavar="SCRIPT", help="the training script (or module, with -m)")
-    add("args", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
+    add(
+        "target",
+        nargs=argparse.PARSER,
+        metavar="SCRIPT",
+        help="the training script (or module, with -m), and its arguments",
+    )
     return parser
 
 
@@ -151,17 +157,24 @@ def parse(argv: list[str]) -> RunOptions:
             raise UsageError(
                 f"--{name.replace('_', '-')} {value} makes no sense", f"give {least} or more"
             )
-    if given.timeout_detect < 0.1:
+    # So written that nan is refused as well.
+    if not given.timeout_detect >= 0.1:
         raise UsageError(
             f"--timeout-detect {given.timeout_detect} is too short to tell a busy node from a "
             "dead one",
             "give 0.1 or more",
         )
-    if given.timeout_progress < 0:
-        raise UsageError("--timeout-progress is negative", "give 0 to never look for stuck ranks")
-    _check_target(given.script, given.module)
+    if not given.timeout_progress >= 0:
+        raise UsageError(
+            f"--timeout-progress {given.timeout_progress} makes no sense",
+            "give 0 to never look for stuck ranks",
+        )
+    target = given.target[1:] if given.target[0] == "--" else given.target
+    if not target:
+        raise UsageError("there is no SCRIPT", "name one, or -m MODULE")
+    _check_target(target[0], given.module)
     return RunOptions(
-        target=(given.script, *given.args),
+        target=tuple(target),
         module=given.module,
         nproc=given.nproc,
         spares=given.spares,
@@ -183,7 +196,7 @@ def _check_target(script: str, module: bool) -> None:
         return
     try:
         found = importlib.util.find_spec(script) is not None
-    except ImportError:
+    except (ImportError, ValueError):
         found = False
     if not found:
         raise UsageError(f"there is no module {script}", "check the name and PYTHONPATH")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from hpcft.errors import UsageError
 from hpcft.launch.interface import address_towards, network_of
-from hpcft.slurm.step import Step, find_step
+from hpcft.slurm.step import Step, cancel, find_step
 
 #: Without the first nothing starts; without the others Slurm ends all tasks when one is lost.
 SRUN_OPTIONS = "--mpi=pmix --kill-on-bad-exit=0 --no-kill --wait=0"
@@ -44,6 +45,7 @@ class Task:
     ranks_here: tasks on this node.
     interface: what Open MPI's TCP is to use, None for its own choice.
     prefix: where Open MPI is installed, None if it knows itself.
+    step: the Slurm step, if srun is the launcher.
     """
 
     place: Place
@@ -52,6 +54,17 @@ class Task:
     ranks_here: int
     interface: str | None
     prefix: Path | None
+    step: Step | None = None
+
+    def end_all(self) -> None:
+        """Have the launcher end all its tasks.
+
+        A task that just ends leaves the others waiting for it in MPI_Init.
+        """
+        if self.step:
+            cancel(self.step)
+        else:
+            os.kill(os.getppid(), signal.SIGTERM)
 
 
 def find_task(environ: Mapping[str, str] = os.environ) -> Task | None:
@@ -104,7 +117,15 @@ def _slurm_task(step: Step, environ: Mapping[str, str]) -> Task:
             "check the node's network",
         ) from error
     place = Place(step.task, step.tasks, f"{step.node}", step.host, address)
-    return Task(place, "srun", False, step.tasks_here, network_of(address), _wheel_prefix(environ))
+    return Task(
+        place,
+        "srun",
+        False,
+        step.tasks_here,
+        network_of(address),
+        _wheel_prefix(environ),
+        step,
+    )
 
 
 def _wheel_prefix(environ: Mapping[str, str]) -> Path | None:

@@ -87,7 +87,7 @@ class Filter:
             return None
         # The command and an empty list of attributes.
         payload = bytes((2, _FINALIZE, 2, 0))
-        return _HEADER.pack(self._index, self._tag + 1, len(payload), 0) + payload
+        return _HEADER.pack(self._index, (self._tag + 1) % 2**32, len(payload), 0) + payload
 
 
 def command_of(message: bytes) -> int | None:
@@ -135,7 +135,11 @@ class Relay:
         if self._server is None:
             writer.close()
             return
-        up_reader, up_writer = await asyncio.open_connection(*self._server)
+        try:
+            up_reader, up_writer = await asyncio.open_connection(*self._server)
+        except OSError:
+            writer.close()
+            return
         session = _Session(up_reader, up_writer)
         self._sessions.append(session)
         for coroutine in (session.up(reader), session.down(writer)):
@@ -145,6 +149,8 @@ class Relay:
 
     async def close(self) -> None:
         """Take leave from the server in the rank's place, so that nobody is alarmed."""
+        if self._listener:
+            self._listener.close()
         await asyncio.gather(*(session.leave() for session in self._sessions))
         for task in self._tasks:
             task.cancel()

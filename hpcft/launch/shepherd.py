@@ -22,6 +22,8 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
+from typing import NoReturn
 
 from hpcft.launch.cause import Ending
 from hpcft.launch.channel import Message
@@ -31,7 +33,8 @@ from hpcft.launch.options import RunOptions
 from hpcft.launch.place import Place
 from hpcft.launch.relay import Relay
 from hpcft.launch.watchdog import Watchdog
-from hpcft.telemetry.events import Event
+from hpcft.telemetry.events import Event, Times
+from hpcft.telemetry.events import failure as failure_event
 from hpcft.telemetry.rundir import RunDirectory
 from hpcft.telemetry.summary import summarise
 from hpcft.world.link import LINK_FD, PROGRESS_FD
@@ -41,27 +44,44 @@ from hpcft.world.progress import Progress
 STACKS_SIGNAL = signal.SIGRTMIN + 6
 #: Seconds a fenced shepherd waits to hear from the others.
 _FENCED_TIME = 60.0
+#: Seconds rank 0 waits before it speaks of a failed start; the others wait twice as long.
+_SPEAK_FIRST = 1.0
 #: Seconds in which all ranks must have started MPI.
 _START_TIME = 300.0
 
 
 class Shepherd:
-    """One rank's shepherd; :meth:`run` is its life."""
+    """One rank's shepherd; :meth:`run` is its life.
+
+    Parameters
+    ----------
+    settings: environment variables for the rank.
+    active: how many ranks train.
+    end_all: has the launcher end all its tasks.
+    """
 
     def __init__(
-        self, options: RunOptions, place: Place, settings: dict[str, str], active: int
+        self,
+        options: RunOptions,
+        place: Place,
+        settings: dict[str, str],
+        active: int,
+        end_all: Callable[[], None],
     ) -> None:
         self._options = options
         self._place = place
         self._settings = settings
         self._active = set(range(active))
+        self._end_all = end_all
         self._rundir = RunDirectory(options.run_dir)
         self._over = asyncio.Event()
+        self._asked = asyncio.Event()
         self._ready = False
         self._fenced = False
         self._agreed = False
         self._codes: dict[int, int] = {}
-        self._deaths: dict[int, Death] = {}
+        #: rank -> its death, and when it became known here
+        self._deaths: dict[int, tuple[Death, float]] = {}
         self._reason = ""
         self._code: int | None = None
         self._stop_timer: asyncio.TimerHandle | None = None
@@ -95,8 +115,7 @@ class Shepherd:
         self._child.kill()
         self._child.flush()
         if self._fleet is None:
-            # Leaving without a word to the PMIx server is what makes it end the other tasks.
-            os._exit(self._code or 1)
+            await self._leave_early()
         await self._fleet.leave()
         code = self._exit_code()
         if code:
@@ -258,22 +277,38 @@ class Shepherd:
         self._fleet.announce_death(Death(rank, cause, at, ending.code))
 
     def _asked_to_end(self, number: int) -> None:
-        self._code = 128 + number
+        self._asked.set()
+        if self._code is None:
+            self._code = 128 + number
         self._child.send(signal.SIGTERM)
         loop = asyncio.get_running_loop()
         reason = f"ended by {signal.Signals(number).name}"
         loop.call_later(0.05, self._end, 128 + number, reason)
 
     def _start_failed(self, reason: str, code: int = 1) -> None:
-        self._child.flush()
         if not self._over.is_set():
-            print(f"hpcft: {reason}", file=sys.stderr, flush=True)
-        self._code = code or 1
-        self._over.set()
+            self._code = code or 1
+            self._reason = reason
+            self._over.set()
+
+    async def _leave_early(self) -> NoReturn:
+        """Leave before the ranks have met, and have all the others leave.
+
+        What fails here often fails everywhere; rank 0 comes first, so that one speaks for all.
+        """
+        try:
+            await asyncio.wait_for(self._asked.wait(), _SPEAK_FIRST * (1 + (self._place.rank > 0)))
+        except asyncio.TimeoutError:
+            print(f"hpcft: {self._reason}", file=sys.stderr, flush=True)
+            self._end_all()
+        os._exit(self._code or 1)
 
     # -- the others speak ----------------------------------------------------------------------
 
     def _learned(self, fact: Message) -> None:
+        if self._over.is_set():
+            # Deaths from now on are the end's work, and not its cause.
+            return
         kind, rank = fact["fact"], fact["rank"]
         if kind == "dead":
             if rank == self._place.rank:
@@ -282,7 +317,8 @@ class Shepherd:
                 self._tell(
                     {"kind": "failed", "rank": rank, "cause": fact["cause"], "at": fact["at"]}
                 )
-            self._deaths[rank] = Death(rank, fact["cause"], fact["at"], fact["code"])
+            death = Death(rank, fact["cause"], fact["at"], fact["code"])
+            self._deaths[rank] = death, time.time()
         elif kind == "done":
             self._codes[rank] = fact["code"]
         elif kind == "end":
@@ -330,7 +366,7 @@ class Shepherd:
             return self._code
         if not self._codes:
             # Nobody came to an agreed end: the first to fail speaks for all.
-            return min(self._deaths.values(), key=lambda death: death.at).code or 3
+            return min((death for death, _ in self._deaths.values()), key=lambda d: d.at).code or 3
         return next((self._codes[rank] for rank in sorted(self._codes) if self._codes[rank]), 0)
 
     def _write_summary(self) -> None:
@@ -338,11 +374,30 @@ class Shepherd:
         assert self._fleet is not None
         if self._place.rank != min(self._fleet.standing()) or self._rundir.summary_file.exists():
             return
-        last = max(self._deaths.values(), key=lambda death: death.at, default=None)
-        reason = self._reason or (f"all ranks failed, the last: {last.cause}" if last else "")
+        deaths = sorted(self._deaths.values(), key=lambda known: known[0].at)
+        reason = self._reason
+        if not reason and deaths:
+            reason = f"all ranks failed, the last: {deaths[-1][0].cause}"
         events = self._rundir.events()
         step = max((event.step for event in events), default=0)
-        self._rundir.append([Event("failed", step, detail={"reason": reason})])
+        told = {event.detail["world"] for event in events if event.kind == "failure"}
+        entries = {entry["world"]: entry for entry in self._rundir.ranks()}
+        epoch = max((event.epoch for event in events), default=0) + 1
+        # Those nobody has recovered from.
+        failures = [
+            failure_event(
+                step,
+                epoch,
+                entries[death.rank]["logical"],
+                death.rank,
+                entries[death.rank]["host"],
+                death.cause,
+                Times(death.at, known),
+            )
+            for death, known in deaths
+            if death.rank in entries.keys() - told
+        ]
+        self._rundir.append([*failures, Event("failed", step, detail={"reason": reason})])
         self._rundir.write_summary(summarise(self._rundir.events()))
         if self._options.verbose:
             print(f"hpcft: the run has failed: {reason}", file=sys.stderr, flush=True)

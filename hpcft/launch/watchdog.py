@@ -46,6 +46,8 @@ class Watchdog:
         cpu_seconds: gives the processor time the rank has used; asked only now and then, for it
             is not cheap.
         """
+        if not self._timeout:
+            return "fine"
         reading = self._progress.read()
         if reading != self._last or not reading.running:
             self._last, self._since, self._cpu = reading, now, None
@@ -70,4 +72,6 @@ class Watchdog:
 
     def all_waiting(self, ranks: set[int], now: float) -> bool:
         """Whether every one of ``ranks`` has lately been found to wait for too long."""
-        return all(now - self._heard.get(rank, -1e9) <= self._timeout for rank in ranks)
+        return bool(ranks) and all(
+            now - self._heard.get(rank, -1e9) <= self._timeout for rank in ranks
+        )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -48,6 +50,17 @@ def find_step(environ: Mapping[str, str]) -> Step | None:
         launcher=environ["SLURM_SRUN_COMM_HOST"],
         pmix="PMIX_RANK" in environ,
     )
+
+
+def cancel(step: Step) -> None:
+    """Ask all tasks of the step to end, as well as can be: without scancel they have to notice."""
+    with contextlib.suppress(OSError):
+        subprocess.run(
+            ["scancel", "--signal=TERM", f"{step.job}.{step.step}"],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
 
 
 def tasks_per_node(text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -32,14 +33,58 @@ class Event:
     detail: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Times:
+    """When a process failed, and when that became known; seconds since 1970."""
+
+    failed: float
+    known: float
+
+
+def failure(
+    step: int, epoch: int, logical: int | None, world: int, host: str, cause: str, times: Times
+) -> Event:
+    """The event of a process that has failed.
+
+    Parameters
+    ----------
+    logical: its logical rank, None for a spare.
+    world: its world rank.
+    """
+    return Event(
+        "failure",
+        step,
+        () if logical is None else (logical,),
+        epoch,
+        times.failed,
+        {
+            "cause": cause,
+            "detect_s": round(max(0.0, times.known - times.failed), 6),
+            "role": "spare" if logical is None else "active",
+            "world": world,
+            "host": host,
+        },
+    )
+
+
 def append(path: Path, events: list[Event]) -> None:
-    """Add ``events`` to the log at ``path``, each as a line, all in one write."""
+    """Add ``events`` to the log at ``path``, each as a line, all in one write.
+
+    Raises
+    ------
+    OSError: they could not be written, or not all.
+    """
     if not events:
         return
     lines = b"".join(json.dumps(asdict(e)).encode() + b"\n" for e in events)
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(fd, lines)
+        size = os.fstat(fd).st_size
+        if size and os.pread(fd, 1, size - 1) != b"\n":
+            # Whoever wrote last was killed in the middle of it.
+            lines = b"\n" + lines
+        if os.write(fd, lines) != len(lines):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(fd)
 

@@ -67,6 +67,14 @@ class RunDirectory:
         """Add events to the log."""
         log.append(self.events_file, events)
 
+    def ranks(self) -> list[dict[str, Any]]:
+        """The entries of ``ranks.json``; none if there is none yet."""
+        try:
+            entries: list[dict[str, Any]] = json.loads(self.ranks_file.read_text())["ranks"]
+        except FileNotFoundError:
+            return []
+        return entries
+
     def write_ranks(self, table: dict[str, Any]) -> None:
         """Replace ``ranks.json``."""
         _replace(self.ranks_file, table)

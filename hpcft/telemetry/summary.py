@@ -48,8 +48,6 @@ def summarise(events: list[Event]) -> dict[str, Any]:
         elif event.kind == "recovered":
             for failure in by_epoch.get(event.epoch, []):
                 failure["stall_s"] = event.detail["stall_s"]
-        elif event.kind == "spare-lost":
-            world["spares_left"] = event.detail["spares"]
     return {
         "result": "ok" if end and end.kind == "finish" else "failed",
         "reason": end.detail.get("reason", "") if end else "the run was ended from outside",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from hpcft.errors import HpcftError
@@ -97,6 +98,8 @@ class State:
             super().__setattr__(name, value)
         elif name in self.parts:
             raise AttributeError(f"{name!r} is tracked by the state and cannot be replaced")
+        elif hasattr(type(self), name):
+            raise AttributeError(f"{name!r} is a method of the state; choose another name")
         else:
             self.values[name] = value
 
@@ -168,7 +171,7 @@ class State:
         sha = hashlib.sha256()
         for name, part in sorted(self.parts.items()):
             if isinstance(part, torch.nn.Module):
-                inner = getattr(part, "module", part)
+                inner = part.module if isinstance(part, DistributedDataParallel) else part
                 for key, value in sorted(inner.state_dict().items()):
                     if isinstance(value, torch.Tensor):
                         sha.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -192,10 +195,13 @@ class State:
 def _same_tensors(optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> bool:
     live = pytree.tree_leaves(optimizer.state_dict()["state"])
     new = pytree.tree_leaves(content["state"])
-    return len(live) == len(new) and all(
-        a is b or (isinstance(a, torch.Tensor) and a.data_ptr() == b.data_ptr()) or a == b
-        for a, b in zip(live, new, strict=True)
-    )
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            return a.data_ptr() == b.data_ptr()
+        return type(a) is type(b) and bool(a == b)
+
+    return len(live) == len(new) and all(map(same, live, new))
 
 
 class Savepoint:

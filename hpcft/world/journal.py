@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from hpcft.telemetry.events import Event
+from hpcft.telemetry.events import Event, Times
+from hpcft.telemetry.events import failure as failure_event
 from hpcft.telemetry.rundir import RunDirectory
 from hpcft.telemetry.summary import summarise
 from hpcft.world.link import Failure
@@ -63,15 +64,10 @@ class Journal:
         for world in (*(before.active[r] for r in healing.failed), *healing.spares_lost):
             failure = failures.get(world) or Failure(world, "unknown", first, first)
             logical = before.logical(world)
-            add(
-                "failure",
-                () if logical is None else (logical,),
-                failure.at,
-                cause=failure.cause,
-                detect_s=round(max(0.0, failure.known - failure.at), 6),
-                role="spare" if logical is None else "active",
-                world=world,
-                host=self._world.hosts[world],
+            times = Times(failure.at, failure.known)
+            host = self._world.hosts[world]
+            events.append(
+                failure_event(step, after.epoch, logical, world, host, failure.cause, times)
             )
             add("detection", () if logical is None else (logical,), failure.known, world=world)
             if logical is not None:

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from hpcft.errors import HpcftError
 from hpcft.world.link import Link
-from hpcft.world.session import meet
+from hpcft.world.start import start_mpi
 
 _PR_SET_PDEATHSIG = 1
 #: Must be the shepherd's STACKS_SIGNAL.
@@ -53,9 +53,13 @@ def main() -> None:
     link = Link.inherited()
     if link is None:
         sys.exit("hpcft.world.rank is started by a shepherd; use python -m hpcft.run")
-    meet(link)
     code = 0
     try:
+        start_mpi()
+        # Not above, for it imports MPI, which starts it.
+        from hpcft.world.session import meet
+
+        meet(link)
         _run_target(sys.argv[1:])
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -63,7 +67,7 @@ def main() -> None:
             print(end.code, file=sys.stderr)
     except HpcftError as error:
         code = error.exit_code
-        link.send("abort", code=code, reason=str(error))
+        link.send("abort", code=code, reason=error.line)
         # The shepherds end all ranks now; whoever prints would print once a rank.
         signal.pause()
     except BaseException as error:

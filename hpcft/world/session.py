@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpi4py import MPI
+
 from hpcft.telemetry.rundir import RunDirectory
 from hpcft.world.journal import Journal
 from hpcft.world.link import Link
@@ -42,8 +44,6 @@ def current() -> Session:
 
 
 def _without_shepherd() -> Session:
-    from mpi4py import MPI
-
     comm = MPI.COMM_WORLD
     hosts = dict(enumerate(comm.allgather(socket.gethostname())))
     world = World(comm, None, hosts, 0, Policy(substitute=False, shrink=False))
@@ -51,14 +51,8 @@ def _without_shepherd() -> Session:
 
 
 def meet(link: Link) -> None:
-    """Start MPI, exchange the shepherds' addresses, and make the world."""
+    """Exchange the shepherds' addresses, and make the world."""
     global _current
-    import mpi4py
-
-    # Ranks leave by os._exit: MPI_Finalize would wait for the dead.
-    mpi4py.rc.finalize = False
-    from mpi4py import MPI
-
     options = json.loads(os.environ["HPCFT_RUN"])
     comm = MPI.COMM_WORLD
     notifier = Notifier()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training import PROGRAM, Training, family, wait_for
+from training import PROGRAM, Training, family, kill_at_start, wait_for
 
 Launch = Callable[..., Training]
 
@@ -159,6 +159,10 @@ def test_below_min_ranks_the_end_is_clear(launch: Launch) -> None:
     assert summary["result"] == "failed"
     assert "--min-ranks" in summary["reason"]
     assert "--min-ranks" in run.output
+    [failure] = summary["failures"]
+    assert failure["cause"] == "killed by SIGKILL"
+    assert failure["ranks"] == [1]
+    assert failure["recover_s"] is None
 
 
 def test_shrinking_can_be_forbidden(launch: Launch) -> None:
@@ -183,6 +187,29 @@ def test_a_script_that_fails_in_all_ranks_ends_with_its_code(
     script.write_text("import sys; sys.exit(7)\n")
     run = Training(tmp_path / "run", ["--nproc", "2"], [str(script)]).start()
     assert run.finish(code=7)["result"] == "failed"
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_while_starting_ends_the_launch(tmp_path: Path, victim: int) -> None:
+    kill_at_start(tmp_path, victim)
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = Training(tmp_path / "run", ["--nproc", "3"], environ=environ).start()
+    assert run.process.wait(60) != 0
+    assert run.output.count("hpcft:") == 1
+    assert f"rank {victim} ended while starting: killed by SIGKILL" in run.output
+    assert not family(run.run_dir)
+
+
+def test_a_module_is_run_as_python_would(tmp_path: Path) -> None:
+    module = tmp_path / "pack" / "train.py"
+    module.parent.mkdir()
+    module.write_text("import sys; print(__name__, __package__, sys.argv[1:])\n")
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = Training(
+        tmp_path / "run", ["--nproc", "1"], ["-m", "pack.train", "--", "-m", "x"], environ=environ
+    )
+    run.start().wait()
+    assert "__main__ pack ['--', '-m', 'x']" in run.output
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+#: srun and the options that let a step survive the loss of tasks and nodes.
+SRUN = ["srun", "--mpi=pmix", "--kill-on-bad-exit=0", "--no-kill", "--wait=0"]
 HOME = Path("/run/hpcft-lab")
 BRIDGE = "hpcftlab"
 NETWORK = "10.77.0"
@@ -242,9 +244,18 @@ class Cluster:
         (home / "spool").mkdir(exist_ok=True)
         group = _FREEZER / f"hpcft-lab-{node}"
         group.mkdir(exist_ok=True)
+        # The nodes share what the tests run, even if it is in /tmp.
+        shared = {
+            path: home / path.relative_to("/")
+            for path in (Path(__file__).parents[2].resolve(), Path(sys.prefix).resolve())
+            if path.is_relative_to("/tmp")
+        }
+        for there in shared.values():
+            there.mkdir(parents=True, exist_ok=True)
+        binds = "".join(f"mount --bind {path} {there} && " for path, there in shared.items())
         inside = (
-            f"echo $$ > {group}/tasks && hostname {node} && mount --bind {home}/tmp /tmp && "
-            f"exec slurmd -D -N {node} -f {self.conf}"
+            f"echo $$ > {group}/tasks && hostname {node} && {binds}"
+            f"mount --rbind {home}/tmp /tmp && exec slurmd -D -N {node} -f {self.conf}"
         )
         self._daemon(
             [

@@ -12,10 +12,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cluster import Cluster, missing
+from cluster import SRUN, Cluster, missing
 from training import PROGRAM, Training
-
-SRUN = ["srun", "--mpi=pmix", "--kill-on-bad-exit=0", "--no-kill", "--wait=0"]
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster import CONTROLLER, Cluster
-from training import HERE, Training, wait_for
+from cluster import CONTROLLER, SRUN, Cluster
+from training import HERE, Training, kill_at_start, wait_for
 
 pytestmark = pytest.mark.slurm
 
@@ -163,6 +163,28 @@ def test_more_spares_than_ranks_is_told(srun: Srun) -> None:
     run = srun(2, 1, 2)
     assert run.process.wait(60) == 2
     assert "leaves no rank to train with" in run.output
+
+
+def test_a_rank_that_dies_while_starting_ends_the_step(cluster: Cluster, shared_path: Path) -> None:
+    kill_at_start(shared_path, 2)
+    environ = {**cluster.environ(), "PYTHONPATH": str(shared_path)}
+    run = Training(
+        shared_path / "run", [], prefix=cluster.command([*SRUN, "-N4"]), environ=environ
+    ).start()
+    assert run.process.wait(60) != 0
+    assert "hpcft: rank 2 ended while starting: killed by SIGKILL" in run.output
+
+
+def test_no_mpi_on_the_nodes_is_told_once(cluster: Cluster, shared_path: Path) -> None:
+    broken = shared_path / "mpi4py" / "__init__.py"
+    broken.parent.mkdir()
+    broken.write_text("raise ImportError('libmpi.so.40: no such file')")
+    environ = {**cluster.environ(), "PYTHONPATH": str(shared_path)}
+    run = Training(
+        shared_path / "run", [], prefix=cluster.command([*SRUN, "-N4"]), environ=environ
+    ).start()
+    assert run.process.wait(60) == 2
+    assert run.output.count("libmpi.so.40: no such file; `hpcft doctor`") == 1
 
 
 def test_srun_that_is_cancelled_leaves_nothing(cluster: Cluster, srun: Srun) -> None:

