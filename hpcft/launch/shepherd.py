@@ -37,11 +37,9 @@ from hpcft.telemetry.events import Event, Times
 from hpcft.telemetry.events import failure as failure_event
 from hpcft.telemetry.rundir import RunDirectory
 from hpcft.telemetry.summary import summarise
-from hpcft.world.link import LINK_FD, PROGRESS_FD
+from hpcft.world.link import LINK_FD, PROGRESS_FD, STACKS_SIGNAL
 from hpcft.world.progress import Progress
 
-#: Has the rank write the stacks of all its threads to its log.
-STACKS_SIGNAL = signal.SIGRTMIN + 6
 #: Seconds a fenced shepherd waits to hear from the others.
 _FENCED_TIME = 60.0
 #: Seconds rank 0 waits before it speaks of a failed start; the others wait twice as long.

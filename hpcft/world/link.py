@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -20,6 +21,8 @@ from hpcft.world.progress import Progress
 #: Environment variables by which the shepherd hands its rank the two descriptors.
 LINK_FD = "HPCFT_LINK_FD"
 PROGRESS_FD = "HPCFT_PROGRESS_FD"
+#: Has a rank write the stacks of all its threads to its log.
+STACKS_SIGNAL = signal.SIGRTMIN + 6
 
 
 @dataclass(frozen=True)

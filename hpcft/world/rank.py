@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from hpcft.errors import HpcftError
-from hpcft.world.link import Link
+from hpcft.world.link import STACKS_SIGNAL, Link
 from hpcft.world.start import start_mpi
 
 _PR_SET_PDEATHSIG = 1
-#: Must be the shepherd's STACKS_SIGNAL.
-_STACKS_SIGNAL = signal.SIGRTMIN + 6
 
 
 def leave(code: int) -> NoReturn:
@@ -49,7 +47,7 @@ def main() -> None:
     """Entry of the rank's process."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     faulthandler.enable()
-    faulthandler.register(_STACKS_SIGNAL, all_threads=True)
+    faulthandler.register(STACKS_SIGNAL, all_threads=True)
     link = Link.inherited()
     if link is None:
         sys.exit("hpcft.world.rank is started by a shepherd; use python -m hpcft.run")

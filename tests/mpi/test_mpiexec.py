@@ -59,6 +59,15 @@ def test_killed_in_the_middle_of_a_step(launch: Launch, undisturbed: str) -> Non
     assert [(f["step"], f["ranks"]) for f in summary["failures"]] == [(7, [0]), (30, [2])]
 
 
+def test_a_survivor_that_lags_behind_is_brought_up(launch: Launch, undisturbed: str) -> None:
+    summary = launch("--nproc", "3", "--spares", "1", program=["--lag-at", "20"]).finish()
+    assert summary["params_sha256"] == undisturbed
+    [failure] = summary["failures"]
+    # Step 20, in which rank 2 died, is complete on rank 0 alone; its state is taken.
+    assert failure["step"] == 21
+    assert failure["lost_steps"] == 0
+
+
 def test_two_at_once(launch: Launch, undisturbed: str) -> None:
     run = launch("--nproc", "3", "--spares", "2")
     run.wait_for_step(15)

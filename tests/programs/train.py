@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--on-shrink", default="keep-lr")
     parser.add_argument("--raise-at", type=int, default=-1, help="every rank 1 raises in this step")
     parser.add_argument("--deadlock-at", type=int, default=-1, help="rank 1 deadlocks, once")
+    parser.add_argument("--lag-at", type=int, default=-1, help="rank 2 dies as rank 1 lags behind")
     parser.add_argument("--suicide", action="append", default=[], metavar="STEP:RANK")
     args = parser.parse_args()
 
@@ -66,6 +67,13 @@ def main() -> None:
             lock.acquire()
             lock.acquire()
 
+    def lag() -> None:
+        """Rank 0 completes the step, rank 1 meets the failure before it has stepped."""
+        if state.step == args.lag_at and original == job.rank and not job.spare:
+            time.sleep((0, 1.0, 0.4)[job.rank])
+            if job.rank == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
     def train(state: hpcft.State) -> None:
         while state.step < args.steps:
             for inputs, targets in loader:
@@ -75,6 +83,7 @@ def main() -> None:
                 loss = F.cross_entropy(model(inputs), targets)
                 optimizer.zero_grad()
                 loss.backward()
+                lag()
                 optimizer.step()
                 scheduler.step()
                 state.seen += len(inputs)
