@@ -124,14 +124,12 @@ class _Pending(dist.Work):
         return done
 
 
-def _operation(op: Any, tensors: Sequence[torch.Tensor]) -> MPI.Op:
+def _operation(op: Any) -> MPI.Op:
     for ours, theirs in _OPS:
-        # Complex numbers travel as pairs of real ones, of which only sums make sense.
-        if op == ours and (theirs == MPI.SUM or not any(t.is_complex() for t in tensors)):
+        if op == ours:
             return theirs
     raise HpcftError(
-        f"the backend hpcft cannot reduce {tensors[0].dtype} with {op}",
-        "use SUM or AVG, and for real numbers MIN, MAX, PRODUCT",
+        f"the backend hpcft cannot reduce with {op}", "use SUM, AVG, MIN, MAX, PRODUCT"
     )
 
 
@@ -300,7 +298,7 @@ class WorldProcessGroup(dist.ProcessGroup):
         """Reduce each tensor over all ranks, in place."""
         tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
         op = _op_of(opts)
-        mpi_op = _operation(op, tensors)
+        mpi_op = _operation(op)
 
         def call(comm: MPI.Intracomm) -> None:
             for tensor in tensors:
@@ -333,7 +331,7 @@ class WorldProcessGroup(dist.ProcessGroup):
         """Reduce each tensor over all ranks, into the root's."""
         tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
         op, root = _op_of(opts), getattr(opts, "rootRank", 0)
-        mpi_op = _operation(op, tensors)
+        mpi_op = _operation(op)
 
         def call(comm: MPI.Intracomm) -> None:
             for tensor in tensors:
@@ -400,7 +398,7 @@ class WorldProcessGroup(dist.ProcessGroup):
     def _reduce_scatter_base(self, output: Any, whole: Any, opts: Any = None, *_: Any) -> dist.Work:
         """Reduce ``whole`` over all ranks; each keeps its part."""
         op = _op_of(opts)
-        mpi_op = _operation(op, [whole])
+        mpi_op = _operation(op)
 
         def call(comm: MPI.Intracomm) -> None:
             target = _Memory(output, reduce=True)
