@@ -195,7 +195,8 @@ def _check_target(script: str, module: bool) -> None:
             raise UsageError(f"there is no script {script}", "check the path, or use -m MODULE")
         return
     try:
-        found = importlib.util.find_spec(script) is not None
+        # "__main__" would be found: it is this very program.
+        found = script != "__main__" and importlib.util.find_spec(script) is not None
     except (ImportError, ValueError):
         found = False
     if not found:
