@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--params", type=float, default=10e6)
     parser.add_argument("--kills", type=int, default=10, help="kills under hpcft (default 10)")
-    parser.add_argument("--peer-kills", type=int, default=3, help="under torchrun (default 3)")
+    parser.add_argument("--peer-kills", type=int, default=3, help="under torchrun; 0: hpcft alone (default 3)")
     parser.add_argument("--table", action="store_true", help="hpcft alone, over many sizes")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -158,6 +158,8 @@ def main() -> None:
         return
     recoveries, step = of_hpcft(args.ranks, args.params, args.kills, rng)
     print(_row(args.ranks, args.params, recoveries, step), flush=True)
+    if not args.peer_kills:
+        return
     peer = of_torchrun(args.ranks, args.params, args.peer_kills, rng)
     ours = median(r.total for r in recoveries)
     theirs = median(peer)

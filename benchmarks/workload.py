@@ -31,8 +31,8 @@ class Workload:
 
     def __init__(self, parameters: int, batch: int) -> None:
         torch.manual_seed(0)
-        self.model = DistributedDataParallel(network(parameters))
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4)
+        self.model = DistributedDataParallel(network(parameters), gradient_as_bucket_view=True)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4, fused=True)
         width = self.model.module[0].in_features
         self._inputs = torch.randn(batch, width)
 

@@ -31,7 +31,8 @@ def averaging_hook(averaging: Averaging, bucket: GradBucket) -> Future[torch.Ten
     """
     gradients = bucket.buffer()
     if averaging.group.failure is None:
-        gradients.mul_(averaging.scale)
+        if averaging.scale != 1:
+            gradients.mul_(averaging.scale)
         averaging.group.allreduce([gradients])
     future: Future[torch.Tensor] = Future()
     future.set_result(gradients)
