@@ -141,7 +141,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--params", type=float, default=10e6)
     parser.add_argument("--kills", type=int, default=10, help="kills under hpcft (default 10)")
-    parser.add_argument("--peer-kills", type=int, default=3, help="under torchrun; 0: hpcft alone (default 3)")
+    parser.add_argument(
+        "--peer-kills", type=int, default=3, help="under torchrun; 0: hpcft alone (default 3)"
+    )
     parser.add_argument("--table", action="store_true", help="hpcft alone, over many sizes")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

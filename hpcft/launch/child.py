@@ -66,7 +66,8 @@ class Child:
         #: Which output also goes to our own stdout and stderr, and under what name.
         self.echo = False
         self.prefix = b""
-        #: What the rank says about its own end.
+        #: Whether the rank has said that it ends, and what about it.
+        self.said_so = False
         self.said = ""
         self.stopped_by_us = False
         process = subprocess.Popen(

@@ -15,6 +15,7 @@ not matter::
     suspect L  a leader: it suspects node L, whose leader is L
     lost       a node's leader: the node is dead or cut off; its ranks are dead with it
     dead       a rank: its process is dead, or will be before it can speak again
+    cause      a rank: why it died, which can become known a little later
     done       a rank: it ended as agreed
     stuck N    a rank: it waits in a collective and nothing has moved for long, for the Nth time
     end        a rank: it wants the whole run to end now
@@ -69,7 +70,7 @@ class Peer:
 class Death:
     """A rank is dead, or will be before it can speak again.
 
-    cause: in words.
+    cause: in words; empty if not known yet.
     at: when it failed, as far as is known, in seconds since 1970.
     code: what its exit code was, or would be.
     """
@@ -199,8 +200,13 @@ class Fleet:
         self._learn({"fact": fact, "rank": rank, **detail}, None)
 
     def announce_death(self, death: Death) -> None:
-        """Let everybody know that a rank is dead."""
+        """Let everybody know that a rank is dead, and why."""
         self.announce("dead", **asdict(death))
+        self.announce("cause", **asdict(death))
+
+    def announce_end(self, rank: int, at: float) -> None:
+        """Let everybody know that a rank is dead; why will be announced with its death."""
+        self.announce("dead", **asdict(Death(rank, "", at)))
 
     def known(self, fact: str) -> set[int]:
         """The ranks of which ``fact`` is known."""

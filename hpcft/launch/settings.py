@@ -26,6 +26,13 @@ def rank_settings(prefix: Path | None, ranks_here: int, interface: str | None) -
         # ULFM works through ob1 alone: UCX reports no failures.
         "OMPI_MCA_pml": "ob1",
         "OMPI_MCA_coll": _PLACEMENT_DEPENDENT,
+        # Open MPI up to 5.0.9 takes a process it has not yet spoken to for alive, whatever it is
+        # told, and its agreements wait for it (open-mpi/ompi pull request 13501). So it is to know
+        # all processes from the beginning, however many there are.
+        "OMPI_MCA_mpi_add_procs_cutoff": "1000000",
+        # In the default binary tree an agreement was seen to hang when a process died that others
+        # depended on; in a star nobody depends on anyone but the first.
+        "OMPI_MCA_coll_ftagree_era_topology": "2",
         "PYTHONUNBUFFERED": "1",
         # The server may offer munge, which the Open MPI of a Python environment lacks.
         "PMIX_MCA_psec": "native",

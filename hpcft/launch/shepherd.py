@@ -21,8 +21,10 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NoReturn
 
 from hpcft.launch.cause import Ending
@@ -181,6 +183,8 @@ class Shepherd:
                 f"{place.rank} of {place.size}: mpi4py uses another MPI than the one that starts it"
             )
             return
+        loop = asyncio.get_running_loop()
+        threading.Thread(target=self._await_end, args=(loop,), daemon=True).start()
         peer = self._listener.peer(place.rank, place.node, place.host)
         self._tell({"kind": "peer", "peer": vars(peer)})
 
@@ -208,6 +212,7 @@ class Shepherd:
     async def _rank_said(self, message: Message) -> None:
         """The rank is about to end, and says why."""
         self._child.said = message["text"]
+        self._child.said_so = True
 
     async def _rank_agreed(self, message: Message) -> None:
         """All ranks have agreed that training is over: from now on ranks may leave."""
@@ -262,7 +267,7 @@ class Shepherd:
             self._start_failed(f"rank {rank} ended while starting: {ending.cause}", ending.code)
             return
         assert self._fleet is not None
-        if rank in self._fleet.known("dead"):
+        if rank in self._fleet.known("cause"):
             return
         # A script may do without job.run, or end before it: that is no failure if it says so by
         # its exit code.
@@ -273,6 +278,21 @@ class Shepherd:
         cause = self._dying or ending.cause
         at = self._died_at if self._dying else time.time()
         self._fleet.announce_death(Death(rank, cause, at, ending.code))
+
+    def _await_end(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._progress.wait_for_end()
+        at = time.time()
+        with contextlib.suppress(RuntimeError):  # the loop is closed: all is over
+            loop.call_soon_threadsafe(self._vanished, at)
+
+    def _vanished(self, at: float) -> None:
+        """The rank's main thread is gone, which the kernel will tell of by and by."""
+        if self._fleet is None or not self._ready or self._agreed or self._over.is_set():
+            return
+        if self._dying:
+            self._fleet.announce_death(Death(self._place.rank, self._dying, self._died_at))
+        elif self._progress.read().running and not self._child.said_so:
+            self._fleet.announce_end(self._place.rank, at)
 
     def _asked_to_end(self, number: int) -> None:
         self._asked.set()
@@ -317,6 +337,14 @@ class Shepherd:
                 )
             death = Death(rank, fact["cause"], fact["at"], fact["code"])
             self._deaths[rank] = death, time.time()
+        elif kind == "cause":
+            death, known = self._deaths[rank]
+            self._deaths[rank] = (
+                replace(death, cause=fact["cause"], code=fact["code"]),
+                known,
+            )
+            if rank != self._place.rank:
+                self._tell({"kind": "cause", "rank": rank, "cause": fact["cause"]})
         elif kind == "done":
             self._codes[rank] = fact["code"]
         elif kind == "end":
@@ -331,7 +359,7 @@ class Shepherd:
     def _check_over(self) -> None:
         if self._fleet is None:
             return
-        dead, done = self._fleet.known("dead"), self._fleet.known("done")
+        dead, done = self._fleet.known("cause"), self._fleet.known("done")
         if len(dead | done) == self._place.size:
             self._over.set()
 

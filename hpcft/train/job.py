@@ -20,7 +20,7 @@ from hpcft.train.console import ProgressLine
 from hpcft.train.process_group import WorldProcessGroup, install
 from hpcft.train.sampler import ElasticBatchSampler
 from hpcft.train.state import Savepoint, State
-from hpcft.train.transfer import Arrival, give, group
+from hpcft.train.transfer import Arrival, give
 from hpcft.world.link import Failure
 from hpcft.world.recovery import Recovered, Report, Transfer
 from hpcft.world.session import Session
@@ -242,7 +242,7 @@ class Job:
         self._savepoint.renew()
         self._world.progress.step(state.step)
         if self._session.journal:
-            self._session.journal.stepped(state.step)
+            self._say(self._session.journal.stepped(state.step))
         if self._line and self._world.logical == 0:
             self._line.step(state.step, self.size, metrics)
         if self._failed():
@@ -281,11 +281,12 @@ class Job:
         self._world.progress.enter()
         try:
             if comm.size > 1 and not state.sharded():
+                everybody = Transfer(0, tuple(range(1, comm.size)), 0, 0)
                 if comm.rank == 0:
-                    give(comm, state.take_apart())
+                    give(comm, everybody, state.take_apart())
                 else:
                     arrival = Arrival(state, in_place=True)
-                    arrival.receive(comm, 0)
+                    arrival.receive(comm, everybody)
                     arrival.install()
         finally:
             self._world.progress.leave()
@@ -327,17 +328,19 @@ class Job:
 
         def transfer(comm: MPI.Intracomm, plan: Transfer) -> None:
             nonlocal arrival
-            movers = group(comm, plan)
-            if movers is None:
-                return
-            if movers.rank == 0:
-                give(movers, state.take_apart())
-            else:
+            if comm.rank == plan.source:
+                give(comm, plan, state.take_apart())
+            elif comm.rank in plan.receivers:
                 arrival = Arrival(state, in_place=was_spare)
-                arrival.receive(movers, 0)
+                arrival.receive(comm, plan)
 
         before = self.size
-        recovery = world.recover(report, transfer, agreed)
+        try:
+            recovery = world.recover(report, transfer, agreed)
+        except HpcftError:
+            if self._session.journal:
+                self._say(self._session.journal.tell(patience=0))
+            raise
         if world.logical is not None:
             assert world.active is not None
             if world.logical in recovery.transfer.receivers:
@@ -349,28 +352,24 @@ class Job:
             self._place(state)
             self._savepoint = Savepoint(state)
             link.send("role", logical=world.logical, active=world.membership.active)
-        self._tell(recovery)
-
-    def _tell(self, recovery: Recovered) -> None:
-        link, journal, healing = self._world.link, self._session.journal, recovery.healing
-        assert link is not None
-        dead = [healing.before.active[r] for r in healing.failed] + list(healing.spares_lost)
-        # Only the writer needs the causes at once, and by now they are on their way.
-        patience = 0.5 if self._world.logical == 0 else 0.0
-        for world in dead:
-            link.failure(world, patience)
-        if journal:
-            journal.recovered(recovery, link.failures)
+        if self._session.journal:
+            self._session.journal.recovered(recovery)
         self._give_up_on_repetition(recovery)
+
+    def _say(self, told: list[Recovered]) -> None:
         if self._line and self._world.logical == 0:
-            self._line.say(_in_words(recovery, link.failures, self._world.hosts))
+            assert self._world.link is not None
+            for recovery in told:
+                self._line.say(_in_words(recovery, self._world.link.failures, self._world.hosts))
 
     def _give_up_on_repetition(self, recovery: Recovered) -> None:
         """A script that raises wherever and by whomever it is run is not a failure to heal."""
         link = self._world.link
         assert link is not None
         for logical in recovery.healing.failed:
-            failure = link.failures.get(recovery.healing.before.active[logical])
+            # MPI can have told of it before the shepherd's message has been read.
+            patience = 0.5 if self._world.logical == 0 else 0.0
+            failure = link.failure(recovery.healing.before.active[logical], patience)
             if failure and failure.cause.startswith("exit code"):
                 here = (recovery.transfer.step, failure.cause)
                 if self._raised.get(logical) == here:
@@ -389,6 +388,7 @@ class Job:
         if self.spare:
             raise SystemExit(0)
         if self._session.journal:
+            self._say(self._session.journal.tell(patience=0))
             wanted = self._session.options["digest"] and self._world.logical == 0
             self._session.journal.finished(state.step, state.digest() if wanted else None)
 

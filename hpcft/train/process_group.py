@@ -278,9 +278,14 @@ class WorldProcessGroup(dist.ProcessGroup):
     @contextlib.contextmanager
     def calling(self) -> Iterator[None]:
         """Around a call of MPI: tells that it may wait for others, and records its failure."""
+        comm = self._comm
         self._progress.enter()
         try:
             yield
+            if comm is not None and comm.Is_revoked():
+                # Open MPI 5.0 has been seen to leave a collective that was cut short without an
+                # error. (That a rank has died, rather than another has revoked, the job knows.)
+                self.failure = MPI.Exception(MPI.ERR_REVOKED)
         except MPI.Exception as error:
             self.failure = error
         finally:

@@ -12,6 +12,7 @@ from hpcft.world.recovery import Transfer
 
 #: MPI counts are ints in Open MPI 5.
 _CHUNK = 1 << 30
+_TAG = 11
 
 
 class Arrival:
@@ -29,15 +30,23 @@ class Arrival:
         self._skeleton: Any = None
         self._tensors: list[torch.Tensor] = []
 
-    def receive(self, comm: MPI.Intracomm, source: int) -> None:
+    def receive(self, comm: MPI.Intracomm, plan: Transfer) -> None:
         """Take part in the movement as a receiver."""
-        self._skeleton, slots = load(comm.bcast(None, source))
+        parent, _ = _neighbours(comm.rank, plan)
+        assert parent is not None
+        package = comm.recv(None, parent, _TAG)
+        self._skeleton, slots = load(package)
         live = self._state.take_apart().tensors if self._in_place else []
         fits = [Slot.of(tensor) for tensor in live] == slots
         self._tensors = (
             live if fits else [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in slots]
         )
-        _broadcast(comm, self._tensors, source)
+        staged = [_staging(tensor) for tensor in self._tensors]
+        MPI.Request.Waitall([comm.Irecv(buffer, parent, _TAG) for buffer in _buffers(staged)])
+        for tensor, stage in zip(self._tensors, staged, strict=True):
+            if stage.data_ptr() != tensor.data_ptr():
+                tensor.copy_(stage)
+        _pass_on(comm, plan, package, staged)
 
     def install(self) -> None:
         """Put what has arrived in the place of what this rank had."""
@@ -46,41 +55,41 @@ class Arrival:
             self._skeleton, self._tensors = None, []
 
 
-def give(comm: MPI.Intracomm, contents: Contents) -> None:
+def give(comm: MPI.Intracomm, plan: Transfer, contents: Contents) -> None:
     """Take part in the movement as its source."""
     slots = [Slot.of(tensor) for tensor in contents.tensors]
-    comm.bcast(dump((contents.skeleton, slots)), comm.rank)
-    _broadcast(comm, contents.tensors, comm.rank)
+    package = dump((contents.skeleton, slots))
+    _pass_on(comm, plan, package, [_staging(tensor) for tensor in contents.tensors])
 
 
-def group(comm: MPI.Intracomm, plan: Transfer) -> MPI.Intracomm | None:
-    """The communicator of those who give or receive, the source first; None for the others."""
-    ranks = [plan.source, *plan.receivers]
-    if comm.rank not in ranks:
-        return None
-    return comm.Create_group(comm.Get_group().Incl(ranks))
+def _neighbours(rank: int, plan: Transfer) -> tuple[int | None, list[int]]:
+    """From whom a rank receives and to whom it passes on: a binary tree, the source its root."""
+    order = [plan.source, *plan.receivers]
+    place = order.index(rank)
+    parent = order[(place - 1) // 2] if place else None
+    return parent, order[2 * place + 1 : 2 * place + 3]
 
 
-def _broadcast(comm: MPI.Intracomm, tensors: list[torch.Tensor], source: int) -> None:
-    staged = [_staging(tensor) for tensor in tensors]
-    buffers = [
-        buffer[start : start + _CHUNK]
+def _pass_on(
+    comm: MPI.Intracomm, plan: Transfer, package: bytes, staged: list[torch.Tensor]
+) -> None:
+    _, children = _neighbours(comm.rank, plan)
+    requests = [comm.isend(package, child, _TAG) for child in children]
+    # All at once, so that nothing waits for a round trip.
+    requests += [
+        comm.Isend(buffer, child, _TAG) for child in children for buffer in _buffers(staged)
+    ]
+    MPI.Request.Waitall(requests)
+
+
+def _buffers(staged: list[torch.Tensor]) -> list[tuple[Any, MPI.Datatype]]:
+    """The tensors' memory, in pieces MPI can count."""
+    return [
+        (buffer[start : start + _CHUNK], MPI.BYTE)
         for stage in staged
         for buffer in (stage.reshape(-1).view(torch.uint8).numpy(),)
         for start in range(0, buffer.size, _CHUNK)
     ]
-    if comm.size == 2:
-        # The usual case, one spare: all at once, so that nothing waits for a round trip.
-        other = 1 - comm.rank
-        post = comm.Isend if comm.rank == source else comm.Irecv
-        MPI.Request.Waitall([post([buffer, MPI.BYTE], other) for buffer in buffers])
-    else:
-        for buffer in buffers:
-            comm.Bcast([buffer, MPI.BYTE], source)
-    if comm.rank != source:
-        for tensor, stage in zip(tensors, staged, strict=True):
-            if stage.data_ptr() != tensor.data_ptr():
-                tensor.copy_(stage)
 
 
 def _staging(tensor: torch.Tensor) -> torch.Tensor:

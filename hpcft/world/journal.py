@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from hpcft.telemetry.events import Event, Times
@@ -13,12 +14,30 @@ from hpcft.world.link import Failure
 from hpcft.world.membership import Membership
 from hpcft.world.recovery import Recovered, World
 
+#: Seconds after a recovery within which the causes become known.
+_PATIENCE = 1.0
+
+
+@dataclass
+class _Story:
+    """A recovery, and the first step completed after it: its number and time."""
+
+    recovery: Recovered
+    stepped: tuple[int, float] | None = None
+
+    @property
+    def dead(self) -> list[int]:
+        """World ranks of those who failed."""
+        healing = self.recovery.healing
+        return [*(healing.before.active[r] for r in healing.failed), *healing.spares_lost]
+
 
 class Journal:
     """Keeps ``ranks.json``, ``events.jsonl`` and ``summary.json``.
 
-    Every process keeps what it has seen; logical rank 0 writes it. Should that one die before it
-    has written, its successor finds out from the file what is missing and adds it.
+    Every process keeps what it has seen; logical rank 0 writes it, after the first step that
+    follows a recovery, for the others wait for that step and not for a file. Should it die before
+    it has written, its successor finds out from the file what is missing and adds it.
 
     Parameters
     ----------
@@ -29,8 +48,8 @@ class Journal:
         self._rundir = rundir
         self._world = world
         self._pids = pids
+        self._untold: list[_Story] = []
         self._unwritten: dict[int, list[Event]] = {}
-        self._stalled_since: float | None = None
 
     @property
     def _writes(self) -> bool:
@@ -45,14 +64,64 @@ class Journal:
             self._rundir.append([Event("start", 0, ranks, detail=detail)])
             self._write_ranks()
 
-    def recovered(self, recovery: Recovered, failures: dict[int, Failure]) -> None:
-        """The world has healed.
+    def recovered(self, recovery: Recovered) -> None:
+        """The world has healed. Told when there is time for it, and the causes are known."""
+        self._untold.append(_Story(recovery))
+        if self._writes:
+            self._write_ranks()
+
+    def stepped(self, step: int) -> list[Recovered]:
+        """A step has been completed. Cheap unless a recovery is still to be told.
+
+        Returns
+        -------
+        The recoveries that have been told now.
+        """
+        if not self._untold:
+            return []
+        last = self._untold[-1]
+        if last.stepped is None:
+            last.stepped = step, time.time()
+        return self.tell()
+
+    def tell(self, patience: float = _PATIENCE) -> list[Recovered]:
+        """Write down the recoveries not told yet, if the causes of all failures are known.
 
         Parameters
         ----------
-        failures: what the shepherds said, by world rank.
+        patience: seconds after a recovery to wait for causes; after that it is told without.
+
+        Returns
+        -------
+        The recoveries that have been told now.
         """
-        healing = recovery.healing
+        for story in self._untold:
+            unknown = any(not self._failure(world, 0).cause for world in story.dead)
+            if unknown and time.time() - story.recovery.ended < patience:
+                return []
+        for story in self._untold:
+            self._unwritten[story.recovery.healing.after.epoch] = self._events(story)
+        if self._writes and self._unwritten:
+            self._catch_up()
+        told = [story.recovery for story in self._untold]
+        self._untold.clear()
+        return told
+
+    def finished(self, step: int, digest: str | None) -> None:
+        """All ranks have agreed that training is over, and all is told."""
+        if self._writes:
+            detail = {"params_sha256": digest}
+            epoch = self._world.membership.epoch
+            self._rundir.append([Event("finish", step, (), epoch, detail=detail)])
+            self._rundir.write_summary(summarise(self._rundir.events()))
+
+    def _failure(self, world: int, otherwise: float) -> Failure:
+        link = self._world.link
+        known = link.failures.get(world) if link else None
+        return known or Failure(world, "", otherwise, otherwise)
+
+    def _events(self, story: _Story) -> list[Event]:
+        recovery, healing = story.recovery, story.recovery.healing
         before, after = healing.before, healing.after
         step = recovery.transfer.step
         events: list[Event] = []
@@ -61,18 +130,15 @@ class Journal:
             events.append(Event(kind, step, ranks, after.epoch, at, detail))
 
         first = recovery.began
-        for world in (*(before.active[r] for r in healing.failed), *healing.spares_lost):
-            failure = failures.get(world) or Failure(world, "unknown", first, first)
+        for world in story.dead:
+            failure = self._failure(world, recovery.began)
             logical = before.logical(world)
             times = Times(failure.at, failure.known)
-            host = self._world.hosts[world]
-            events.append(
-                failure_event(step, after.epoch, logical, world, host, failure.cause, times)
-            )
+            host, cause = self._world.hosts[world], failure.cause or "unknown"
+            events.append(failure_event(step, after.epoch, logical, world, host, cause, times))
             add("detection", () if logical is None else (logical,), failure.known, world=world)
             if logical is not None:
                 first = min(first, failure.at)
-        self._stalled_since = first
         for adoption in healing.adoptions:
             add(
                 "adoption",
@@ -96,29 +162,11 @@ class Journal:
             attempts=recovery.attempts,
             phases={name: round(seconds, 6) for name, seconds in recovery.phases.items()},
         )
-        self._unwritten[after.epoch] = events
-        if self._writes:
-            self._catch_up()
-            self._write_ranks()
-
-    def stepped(self, step: int) -> None:
-        """A step has been completed. Cheap unless it is the first after a recovery."""
-        if self._stalled_since is None:
-            return
-        stall = time.time() - self._stalled_since
-        self._stalled_since = None
-        if self._writes:
-            epoch = self._world.membership.epoch
-            detail = {"stall_s": round(stall, 6)}
-            self._rundir.append([Event("recovered", step, (), epoch, detail=detail)])
-
-    def finished(self, step: int, digest: str | None) -> None:
-        """All ranks have agreed that training is over."""
-        if self._writes:
-            detail = {"params_sha256": digest}
-            epoch = self._world.membership.epoch
-            self._rundir.append([Event("finish", step, (), epoch, detail=detail)])
-            self._rundir.write_summary(summarise(self._rundir.events()))
+        if story.stepped:
+            done, at = story.stepped
+            stall = {"stall_s": round(at - first, 6)}
+            events.append(Event("recovered", done, (), after.epoch, at, stall))
+        return events
 
     def _catch_up(self) -> None:
         written = {e.epoch for e in self._rundir.events() if e.kind == "resume"}

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hpcft.world.progress import Progress
@@ -30,7 +30,7 @@ class Failure:
     """A process that failed, as the shepherds know it.
 
     rank: world rank.
-    cause: in words.
+    cause: in words; empty as long as it is not known.
     at: when it failed, as far as is known; seconds since 1970.
     known: when this rank was told.
     """
@@ -107,11 +107,12 @@ class Link:
         def run() -> None:
             for line in self._reader:
                 message = json.loads(line)
-                failure = Failure(
-                    message["rank"], message["cause"], message["at"], known=time.time()
-                )
-                self.failures[failure.rank] = failure
-                on_failure(failure.rank)
-                self.news.set()
+                rank, cause = message["rank"], message["cause"]
+                if message["kind"] == "cause":
+                    self.failures[rank] = replace(self.failures[rank], cause=cause)
+                else:
+                    self.failures[rank] = Failure(rank, cause, message["at"], known=time.time())
+                    on_failure(rank)
+                    self.news.set()
 
         threading.Thread(target=run, name="hpcft-link", daemon=True).start()

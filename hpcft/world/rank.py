@@ -51,6 +51,7 @@ def main() -> None:
     link = Link.inherited()
     if link is None:
         sys.exit("hpcft.world.rank is started by a shepherd; use python -m hpcft.run")
+    link.progress.live()
     code = 0
     try:
         start_mpi()
@@ -63,6 +64,9 @@ def main() -> None:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if end.code is not None and not isinstance(end.code, int):
             print(end.code, file=sys.stderr)
+        if code:
+            # So that this is not taken for a violent end.
+            link.send("said", text="")
     except HpcftError as error:
         code = error.exit_code
         link.send("abort", code=code, reason=error.line)

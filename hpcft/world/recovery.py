@@ -16,15 +16,19 @@ which the rank is the logical rank. Each process is in one of these states::
                                            v                                      |
                         +------------> SHRINK the pool                            |
                         |                  v                                      |
+                        +--- 0 -------- agree(1 if that went well here)           |
+                        |                  v 1                                    |
                         |              EXCHANGE reports (who, how far, how whole) |
                         |                  v                                      |
                         |              PLAN: heal() on equal input                |
                         |                  v                                      |
                         |              BUILD active from the plan                 |
                         |                  v                                      |
+                        +--- 0 -------- agree(1 if all went well here)            |
+                        |                  v 1                                    |
                         |              TRANSFER the state to whom lacks it        |
                         |                  v                                      |
-                        +--- 0, or ---- agree(1 if all went well here) --- 1 -----+
+                        +--- 0, or ---- agree(1 if that went well here) --- 1 ----+
                              a failure
 
 What each knows where:
@@ -38,7 +42,10 @@ What each knows where:
 * Before an agreement, others may have seen more or less than I have: an MPI call that failed here
   may have worked there. After it, all know that all are in the same state.
 * SHRINK makes all know the same set of survivors; it and the last agreed membership are the input
-  of PLAN, so that no negotiation is needed.
+  of PLAN, so that no negotiation is needed. It is agreed on over the old pool, for in Open MPI it
+  can fail here and work there; from then on the new pool is what all have.
+* Before TRANSFER all have the new active communicator, so that who meets a failure in it can stop
+  all others by revoking it.
 * The membership changes only by the last agreement. A recovery that is itself hit by a failure
   leaves no trace: it starts again at SHRINK from the last agreed membership.
 * Nothing of a survivor is overwritten before the last agreement (a spare's state is worthless and
@@ -49,11 +56,13 @@ The pure part is :mod:`hpcft.world.membership`.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
+import numpy as np
 from mpi4py import MPI
 
 from hpcft.errors import StateLost, TooFewRanks
@@ -62,6 +71,8 @@ from hpcft.world.membership import Healing, Membership, Policy, heal
 from hpcft.world.progress import Progress
 
 _FINISH_TAG = 7
+#: Begins each report that has arrived whole.
+_WHOLE = 0x68706366745F7271
 #: How often a parked spare looks by itself; news from the shepherd wake it at once.
 _PARKED_LOOK = 0.05
 
@@ -97,11 +108,18 @@ class Transfer:
 
 
 @dataclass
+class _Outcome:
+    """Whether all went well here: 1 or 0, as agreements take it."""
+
+    good: int = 1
+
+
+@dataclass
 class Recovered:
     """A recovery all have agreed on.
 
     began: when this process began it; seconds since 1970.
-    phases: seconds spent in agreement and shrinking, planning and building, state transfer.
+    phases: seconds spent in shrinking, planning and building, state transfer, last agreement.
     attempts: how often it had to start again because of another failure.
     """
 
@@ -170,6 +188,8 @@ class World:
         self.membership = Membership.launch(comm.Get_size(), spares)
         self._pool = comm.Dup()
         self._pool.Set_errhandler(MPI.ERRORS_RETURN)
+        #: What went wrong, other than in MPI, in the last attempt to recover.
+        self._trouble: Exception | None = None
         self.active: MPI.Intracomm | None = None
         self.active = self._build(self._pool, self.membership)
 
@@ -189,7 +209,7 @@ class World:
 
     def broken(self) -> bool:
         """Whether an active rank is known to have failed. Cheap; no MPI."""
-        if self.link is None or not self.link.news.is_set():
+        if self.link is None:
             return False
         return not self.link.failures.keys().isdisjoint(self.membership.active)
 
@@ -224,11 +244,12 @@ class World:
         True if training is over; False if an active rank failed: then recover.
         """
         assert self.link is not None
-        while not self.broken():
+        while True:
             self.link.news.wait(_PARKED_LOOK)
+            # Before looking, so that what comes in between is seen next time.
+            self.link.news.clear()
             if self.broken():
                 break
-            self.link.news.clear()
             try:
                 if self._pool.Iprobe(MPI.ANY_SOURCE, _FINISH_TAG):
                     return self._agree(1)
@@ -286,23 +307,42 @@ class World:
             attempts = 0
             while True:
                 attempts += 1
+                size = self._pool.Get_size()
+                trouble = self._trouble
                 result = self._attempt(report, transfer)
                 if result is not None:
                     break
+                if trouble is not None and self._pool.Get_size() == size:
+                    # Nobody had died, so it would be the same again.
+                    raise trouble
             healing, plan, active, phases = result
         finally:
             self.progress.leave()
         self.membership = healing.after
         self.active = active
-        if self.link is not None:
-            self.link.news.clear()
-            if self.link.failures.keys() & set(self.membership.active):
-                self.link.news.set()
         return Recovered(healing, plan, began, time.time(), attempts, phases)
+
+    def _exchange(self, pool: MPI.Intracomm, report: Report) -> dict[int, Report]:
+        """Everybody's report, by world rank.
+
+        Raises
+        ------
+        ConnectionError: not all of them have arrived whole.
+        """
+        mine = (_WHOLE, report.world, report.step, int(report.whole), int(report.broken))
+        rows = np.zeros((pool.Get_size(), len(mine)), dtype=np.int64)
+        pool.Allgather(np.array(mine, dtype=np.int64), rows)
+        if (rows[:, 0] != _WHOLE).any():
+            raise ConnectionError("a failure has cut the exchange of reports short")
+        return {
+            int(world): Report(int(world), int(step), bool(whole), bool(broken))
+            for _, world, step, whole, broken in rows
+        }
 
     def _attempt(
         self, report: Report, transfer: Callable[[MPI.Intracomm, Transfer], None]
     ) -> tuple[Healing, Transfer, MPI.Intracomm | None, dict[str, float]] | None:
+        """One way through the states from SHRINK on; None if it has to be gone again."""
         clock = time.perf_counter()
         phases: dict[str, float] = {}
 
@@ -312,19 +352,17 @@ class World:
             phases[name] = now - clock
             clock = now
 
-        try:
-            pool = cast(MPI.Intracomm, self._pool.Shrink())
-        except MPI.Exception:
+        pool = self._shrink()
+        if pool is None:
             return None
-        pool.Set_errhandler(MPI.ERRORS_RETURN)
         self._pool = pool
         lap("shrink_s")
         active: MPI.Intracomm | None = None
         fatal: TooFewRanks | StateLost | None = None
         healing: Healing | None = None
         plan: Transfer | None = None
-        try:
-            reports = {r.world: r for r in pool.allgather(report)}
+        with self._trying() as built:
+            reports = self._exchange(pool, report)
             try:
                 healing = heal(self.membership, frozenset(reports), self.hosts, self.policy)
                 plan = plan_transfer(healing.after, reports)
@@ -332,21 +370,52 @@ class World:
                 fatal = error
             else:
                 active = self._build(pool, healing.after)
-                lap("build_s")
-                if active is not None:
-                    transfer(active, plan)
-                lap("transfer_s")
-            good = 1
-        except MPI.Exception:
-            good = 0
-            if active is not None:
-                active.Revoke()
-            pool.Revoke()
-        if not self._agree(good):
+        if not self._agree(built.good):
             return None
-        lap("agree_s")
+        lap("build_s")
         if fatal is not None:
             raise fatal
         assert healing is not None
         assert plan is not None
+        with self._trying(active) as moved:
+            if active is not None:
+                transfer(active, plan)
+        lap("transfer_s")
+        if not self._agree(moved.good):
+            return None
+        lap("agree_s")
         return healing, plan, active, phases
+
+    def _shrink(self) -> MPI.Intracomm | None:
+        """The pool without the dead, the same in all survivors; None if it has to be tried again.
+
+        In Open MPI 5.0 a death during a shrink can make it fail in some processes and not in
+        others, hence an agreement over it, on the pool that all have.
+        """
+        pool: MPI.Intracomm | None = None
+        try:
+            pool = cast(MPI.Intracomm, self._pool.Shrink())
+            pool.Set_errhandler(MPI.ERRORS_RETURN)
+            # Those known to be dead are no reason for the agreement to fail.
+            self._pool.Ack_failed()
+        except MPI.Exception:
+            pool = None
+        return pool if self._agree(int(pool is not None)) else None
+
+    @contextlib.contextmanager
+    def _trying(self, active: MPI.Intracomm | None = None) -> Iterator[_Outcome]:
+        """Around calls that a death may cut short: if so, sees to it that all others stop, too.
+
+        A death can surface as any exception: Open MPI 5.0 has been seen to leave a collective
+        without an error, and without all of its data.
+        """
+        outcome = _Outcome()
+        self._trouble = None
+        try:
+            yield outcome
+        except Exception as error:
+            outcome.good = 0
+            self._trouble = None if isinstance(error, MPI.Exception) else error
+            if active is not None:
+                active.Revoke()
+            self._pool.Revoke()
