@@ -44,6 +44,8 @@ from hpcft.world.progress import Progress
 
 #: Seconds a fenced shepherd waits to hear from the others.
 _FENCED_TIME = 60.0
+#: Seconds a killed process may take to end.
+_REAP_TIME = 2.0
 #: Seconds rank 0 waits before it speaks of a failed start; the others wait twice as long.
 _SPEAK_FIRST = 1.0
 #: Seconds in which all ranks must have started MPI.
@@ -77,6 +79,7 @@ class Shepherd:
         self._over = asyncio.Event()
         self._asked = asyncio.Event()
         self._ready = False
+        self._reaped = False
         self._fenced = False
         self._agreed = False
         self._codes: dict[int, int] = {}
@@ -116,12 +119,19 @@ class Shepherd:
         self._child.flush()
         if self._fleet is None:
             await self._leave_early()
+        await self._await_reaping()
         await self._fleet.leave()
         code = self._exit_code()
         if code:
             self._write_summary()
         await relay.close()
         return code
+
+    async def _await_reaping(self) -> None:
+        """Wait a moment for the child's end: the others want to know its cause."""
+        deadline = time.monotonic() + _REAP_TIME
+        while not self._reaped and time.monotonic() < deadline:
+            await asyncio.sleep(0.002)
 
     async def _start_child(self, environ: dict[str, str]) -> None:
         ours, theirs = socket.socketpair()
@@ -262,7 +272,10 @@ class Shepherd:
 
     def _ended(self, ending: Ending) -> None:
         rank = self._place.rank
+        self._reaped = True
         self._child.kill()
+        if self._over.is_set() and rank not in self._deaths:
+            return
         if not self._ready:
             self._start_failed(f"rank {rank} ended while starting: {ending.cause}", ending.code)
             return
@@ -324,10 +337,10 @@ class Shepherd:
     # -- the others speak ----------------------------------------------------------------------
 
     def _learned(self, fact: Message) -> None:
-        if self._over.is_set():
+        kind, rank = fact["fact"], fact["rank"]
+        if self._over.is_set() and (kind != "cause" or rank not in self._deaths):
             # Deaths from now on are the end's work, and not its cause.
             return
-        kind, rank = fact["fact"], fact["rank"]
         if kind == "dead":
             if rank == self._place.rank:
                 self._child.kill()

@@ -128,7 +128,13 @@ class Job:
         while outcome is not Outcome.OVER:
             if not self._warmed:
                 self._warm_up(train, state)
-            self._recover(state, outcome is Outcome.AGREED)
+            try:
+                self._recover(state, outcome is Outcome.AGREED)
+            except HpcftError:
+                # The run ends; what came before that is to be told.
+                if self._session.journal:
+                    self._say(self._session.journal.tell(patience=0))
+                raise
             outcome = self._stretch(train, state)
         self._finish(state)
 
@@ -335,12 +341,7 @@ class Job:
                 arrival.receive(comm, plan)
 
         before = self.size
-        try:
-            recovery = world.recover(report, transfer, agreed)
-        except HpcftError:
-            if self._session.journal:
-                self._say(self._session.journal.tell(patience=0))
-            raise
+        recovery = world.recover(report, transfer, agreed)
         if world.logical is not None:
             assert world.active is not None
             if world.logical in recovery.transfer.receivers:
