@@ -79,6 +79,8 @@ def examine(run_dir: Path, environ: Mapping[str, str] = os.environ) -> Iterator[
         mpi = openmpi.find()
         openmpi.require_fault_tolerance(mpi)
         yield Finding("Open MPI", Level.OK, f"{mpi.version} at {mpi.prefix}, with fault tolerance")
+        if problem := openmpi.known_problem(mpi):
+            yield Finding("Open MPI", Level.WARN, problem, "use 5.0.9")
     except UsageError as error:
         yield _failure("Open MPI", error)
     try:

@@ -43,6 +43,8 @@ def launch(options: RunOptions, argv: list[str]) -> int:
     mpi = openmpi.find()
     openmpi.require_fault_tolerance(mpi)
     openmpi.require_mpi4py(mpi)
+    if problem := openmpi.known_problem(mpi):
+        print(f"hpcft: warning: {problem}", file=sys.stderr)
     create_run_directory(options, tasks)
     command = [str(mpi.mpiexec), "--with-ft", "ulfm", "-n", str(tasks), "--allow-run-as-root"]
     # The ranks share the processors as they come; where there are too few, they give way.

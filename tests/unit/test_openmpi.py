@@ -92,3 +92,11 @@ def test_no_mpi4py(tmp_path: Path) -> None:
     bare.chmod(0o755)
     with pytest.raises(UsageError, match="mpi4py is not installed"):
         openmpi.mpi4py_binding(str(bare))
+
+
+def test_versions_that_crash_are_known() -> None:
+    def problem(version: str) -> str:
+        return openmpi.known_problem(OpenMPI(Path("mpiexec"), version, True, Path()))
+
+    assert "5.0.9" in problem("5.0.11")
+    assert problem("5.0.9") == ""
