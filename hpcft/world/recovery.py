@@ -73,6 +73,8 @@ from hpcft.world.progress import Progress
 _FINISH_TAG = 7
 #: Begins each report that has arrived whole.
 _WHOLE = 0x68706366745F7271
+#: So often may an attempt fail by something else than a death before that is taken for an error.
+_MOST_ALIKE = 3
 #: How often a parked spare looks by itself; news from the shepherd wake it at once.
 _PARKED_LOOK = 0.05
 
@@ -304,17 +306,17 @@ class World:
             if not agreed:
                 self._revoke()
                 self._agree(0)
-            attempts = 0
+            attempts = alike = 0
             while True:
                 attempts += 1
                 size = self._pool.Get_size()
-                trouble = self._trouble
                 result = self._attempt(report, transfer)
                 if result is not None:
                     break
-                if trouble is not None and self._pool.Get_size() == size:
-                    # Nobody had died, so it would be the same again.
-                    raise trouble
+                nobody_died = self._pool.Get_size() == size
+                alike = alike + 1 if self._trouble is not None and nobody_died else 0
+                if self._trouble is not None and alike == _MOST_ALIKE:
+                    raise self._trouble
             healing, plan, active, phases = result
         finally:
             self.progress.leave()

@@ -36,6 +36,10 @@ class Twins:
 
     def __init__(self) -> None:
         self.failing = False
+        self.revoked = False
+
+    def Is_revoked(self) -> bool:  # noqa: N802
+        return self.revoked
 
     def Allreduce(self, source: object, target: Any, op: MPI.Op) -> None:  # noqa: N802
         if self.failing:
@@ -156,6 +160,17 @@ def test_an_average_is_divided_by_the_size_of_the_world_there_is(group: WorldPro
     tensor = numbers(4)
     group.allreduce([tensor], averaging())
     assert torch.equal(tensor, numbers(4))
+
+
+def test_a_collective_cut_short_by_a_revoke_is_a_failure_even_without_an_error() -> None:
+    group = WorldProcessGroup(0, 2, Calls())
+    world = Twins()
+    group.attach(world)  # type: ignore[arg-type]
+    world.revoked = True
+    group.allreduce([torch.ones(2)])
+    assert group.failure is not None
+    assert isinstance(group.failure, MPI.Exception)
+    assert group.failure.Get_error_class() == MPI.ERR_REVOKED
 
 
 def test_after_the_first_error_collectives_are_local_until_there_is_a_new_world(

@@ -26,7 +26,7 @@ def test_what_is_written_is_read() -> None:
     assert not other.read().waiting
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV, None])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, None])
 def test_the_end_of_a_living_process_is_noticed(how: signal.Signals | None) -> None:
     progress = Progress.create()
     alive, ready = os.pipe()
