@@ -49,7 +49,13 @@ class Run:
             command,
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "TORCH_CPP_LOG_LEVEL": "ERROR",
+                # Without it torchrun's restarted ranks meet addresses of the dead, and fail again.
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            },
         )
 
     def __enter__(self) -> Run:
@@ -113,9 +119,8 @@ class TorchrunRun(Run):
 
     def __init__(self, nproc: int, arguments: list[str]) -> None:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        # The shortest of intervals that does not cost processor time.
         launcher += ["--nproc-per-node", str(nproc), "--max-restarts", "1000"]
-        launcher += ["--monitor-interval", "0.02"]
+        launcher += ["--monitor-interval", "0.1"]
         super().__init__(launcher, ["--checkpoint", "{path}/checkpoint", *arguments])
 
     def workers(self) -> list[int]:

@@ -2,7 +2,7 @@
 
 From SIGKILL to the end of the next step completed after it. Under hpcft the spare takes over;
 torchrun starts all ranks again from the last checkpoint, which is in memory (/dev/shm), written at
-every step, and looked after every 20 ms.
+every step; it looks after its ranks every 100 ms.
 
     python benchmarks/recovery.py                          4 ranks, 10 M parameters, both sides
     python benchmarks/recovery.py --table                  hpcft alone, 2..16 ranks, 1..100 M
