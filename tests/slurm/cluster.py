@@ -159,6 +159,8 @@ class Cluster:
             with contextlib.suppress(OSError):
                 group.rmdir()
         for node in self._known_nodes():
+            # By itself the link goes only some time after its namespace.
+            _run("ip", "link", "del", f"hl-{node}", check=False)
             _run("ip", "netns", "del", f"hpcft-{node}", check=False)
         _run("ip", "link", "del", BRIDGE, check=False)
         hosts = Path("/etc/hosts")
