@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -126,6 +128,11 @@ class TorchrunRun(Run):
     def workers(self) -> list[int]:
         """Process numbers of the ranks."""
         return [pid for pid in _children(self.process.pid) if b"workload.py" in _command(pid)]
+
+
+def step_time(stamps: list[Stamp]) -> float:
+    """Median length of a step, in seconds."""
+    return median(b.time - a.time for a, b in itertools.pairwise(stamps))
 
 
 def _children(pid: int) -> Iterator[int]:

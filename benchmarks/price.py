@@ -10,18 +10,16 @@ the medians of the turns.
 from __future__ import annotations
 
 import argparse
-import itertools
 from statistics import median
 
-from peers import HpcftRun, Run, TorchrunRun, machine
+from peers import HpcftRun, Run, TorchrunRun, machine, step_time
 
 
 def turn(run: Run, steps: int, warm: int) -> float:
     """Median step time of one turn, in seconds."""
     with run:
         run.more_steps(warm + steps)
-        times = [stamp.time for stamp in run.stamps()][warm:]
-    return median(b - a for a, b in itertools.pairwise(times))
+        return step_time(run.stamps()[warm:])
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ every step; it looks after its ranks every 100 ms.
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import random
 import signal
@@ -20,7 +19,7 @@ import time
 from dataclasses import dataclass
 from statistics import median
 
-from peers import HpcftRun, Run, TorchrunRun, machine
+from peers import HpcftRun, TorchrunRun, machine, step_time
 
 #: Bytes a rank takes for a parameter (itself, gradient, two of Adam's, DDP's bucket), and besides.
 _PER_PARAMETER, _BESIDES = 20, 400 << 20
@@ -60,13 +59,12 @@ def of_hpcft(
     recoveries: list[Recovery] = []
     step = 0.0
     # As many spares as memory allows: a run with several saves starting several runs.
-    room = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.9
     each = params * _PER_PARAMETER + _BESIDES
-    spares = max(1, min(kills, int(room / each) - ranks))
+    spares = max(1, min(kills, int(_room() / each) - ranks))
     while len(recoveries) < kills:
         with HpcftRun(ranks, spares, ["--params", str(params)]) as run:
             run.more_steps(8)
-            step = step or _step_time(run)
+            step = step or step_time(run.stamps())
             for number in range(min(spares, kills - len(recoveries))):
                 time.sleep(rng.uniform(0, 2 * step))
                 killed = _kill(_victim(run, rng))
@@ -105,14 +103,13 @@ def of_torchrun(ranks: int, params: float, kills: int, rng: random.Random) -> li
     return times
 
 
-def _step_time(run: Run) -> float:
-    times = [stamp.time for stamp in run.stamps()]
-    return median(b - a for a, b in itertools.pairwise(times))
+def _room() -> float:
+    """Bytes of memory a run may take."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.9
 
 
 def _fits(ranks: int, params: float) -> bool:
-    room = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.9
-    return (ranks + 1) * (params * _PER_PARAMETER + _BESIDES) < room
+    return (ranks + 1) * (params * _PER_PARAMETER + _BESIDES) < _room()
 
 
 def _row(ranks: int, params: float, recoveries: list[Recovery], step: float) -> str:

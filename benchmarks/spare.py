@@ -7,22 +7,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
-from pathlib import Path
 
+import psutil
 from peers import HpcftRun, machine
-
-
-def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the third on."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def cpu_seconds(pid: int) -> float:
     """Processor time a process has used so far."""
-    fields = _stat(pid)
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
 
 
 def main() -> None:
@@ -39,7 +33,7 @@ def main() -> None:
         time.sleep(5)  # the spares try out their steps first
         table = json.loads((run.path / "run" / "ranks.json").read_text())["ranks"]
         spares = [entry["pid"] for entry in table if entry["role"] == "spare"]
-        parties = {"rank": spares, "shepherd": [int(_stat(pid)[1]) for pid in spares]}
+        parties = {"rank": spares, "shepherd": [psutil.Process(pid).ppid() for pid in spares]}
         before = {pid: cpu_seconds(pid) for pids in parties.values() for pid in pids}
         time.sleep(args.seconds)
         for name, pids in parties.items():

@@ -309,9 +309,7 @@ def slurm(step: Step | None, environ: Mapping[str, str]) -> Iterator[Finding]:
 def try_killed_rank(mpi: openmpi.OpenMPI, environ: Mapping[str, str]) -> Finding:
     """Start three ranks with mpiexec, have one killed, see whether the others go on."""
     subject = "killed rank"
-    command = [str(mpi.mpiexec), "--with-ft", "ulfm", "--allow-run-as-root", "-n", "3"]
-    command += ["--host", "localhost:3", "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
-    command += [sys.executable, "-m", "hpcft.world.trial"]
+    command = [*mpi.command(3), "--host", "localhost:3", sys.executable, "-m", "hpcft.world.trial"]
     # In a Slurm step mpiexec would take itself for a part of it, and start the ranks by srun.
     clean = {
         name: value

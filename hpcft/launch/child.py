@@ -35,15 +35,17 @@ def descendants(root: int) -> list[int]:
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with contextlib.suppress(OSError):
-                stat = Path(f"/proc/{entry}/stat").read_text()
-                # The name, in brackets, may hold anything; the parent's number is the second
-                # field after it.
-                parent = int(stat.rpartition(")")[2].split()[1])
+                parent = int(_stat(int(entry))[1])
                 children.setdefault(parent, []).append(int(entry))
     found = list(children.get(root, []))
     for pid in found:
         found.extend(children.get(pid, []))
     return found
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat after the name, which, in brackets, may hold anything."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 class Child:
@@ -141,6 +143,6 @@ class Child:
         ticks = 0
         for pid in (self.pid, *descendants(self.pid)):
             with contextlib.suppress(OSError):
-                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                fields = _stat(pid)
                 ticks += int(fields[11]) + int(fields[12])
         return ticks / os.sysconf("SC_CLK_TCK")

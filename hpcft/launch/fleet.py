@@ -250,10 +250,8 @@ class Fleet:
                     self._clock_of[peer] = message["beat"]
                     if self._quorum:
                         self._quorum.heard(peer, time.monotonic(), message["echo"])
-                elif "hold" in message:
-                    self._on_hold(message["hold"])
-                elif "fence" in message:
-                    self._on_fenced(message["fence"])
+                elif "hold" in message or "fence" in message:
+                    self._obey(message)
                 else:
                     self._learn(message, connection)
         except OSError:
@@ -346,10 +344,13 @@ class Fleet:
 
     def _order(self, message: Message) -> None:
         """Have all ranks of this node held, let go or killed."""
+        self._obey(message)
+        for rank in self._nodes[self.rank]:
+            if connection := self._connections.get(rank):
+                connection.send(message)
+
+    def _obey(self, message: Message) -> None:
         if "hold" in message:
             self._on_hold(message["hold"])
         else:
             self._on_fenced(message["fence"])
-        for rank in self._nodes[self.rank]:
-            if connection := self._connections.get(rank):
-                connection.send(message)

@@ -46,10 +46,15 @@ def launch(options: RunOptions, argv: list[str]) -> int:
     if problem := openmpi.known_problem(mpi):
         print(f"hpcft: warning: {problem}", file=sys.stderr)
     create_run_directory(options, tasks)
-    command = [str(mpi.mpiexec), "--with-ft", "ulfm", "-n", str(tasks), "--allow-run-as-root"]
-    # The ranks share the processors as they come; where there are too few, they give way.
-    command += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
-    command += [sys.executable, "-m", "hpcft.run", "--run-dir", str(options.run_dir), *argv]
+    command = [
+        *mpi.command(tasks),
+        sys.executable,
+        "-m",
+        "hpcft.run",
+        "--run-dir",
+        str(options.run_dir),
+        *argv,
+    ]
     environ = {**os.environ, "HPCFT_LAUNCHER": str(os.getpid())}
     if sys.stderr.isatty():
         environ["HPCFT_TERMINAL"] = "1"

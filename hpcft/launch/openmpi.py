@@ -46,6 +46,12 @@ class OpenMPI:
     ulfm: bool
     prefix: Path
 
+    def command(self, ranks: int) -> list[str]:
+        """The start of a command that starts so many ranks here, and survives the loss of some."""
+        start = [str(self.mpiexec), "--with-ft", "ulfm", "--allow-run-as-root", "-n", str(ranks)]
+        # The ranks share the processors as they come; where there are too few, they give way.
+        return [*start, "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
+
 
 @dataclass(frozen=True)
 class Binding:

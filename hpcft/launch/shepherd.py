@@ -78,7 +78,6 @@ class Shepherd:
         self._rundir = RunDirectory(options.run_dir)
         self._over = asyncio.Event()
         self._asked = asyncio.Event()
-        self._ready = False
         self._reaped = False
         self._fenced = False
         self._agreed = False
@@ -210,7 +209,6 @@ class Shepherd:
         )
         await fleet.join(self._listener, bytes.fromhex(message["secret"]))
         self._fleet = fleet
-        self._ready = True
         self._start_timer.cancel()
         self._tell({"kind": "ready"})
 
@@ -252,7 +250,7 @@ class Shepherd:
                 self._ended(self._child.end(status))
 
     def _stopped(self, at: float) -> None:
-        if self._child.stopped_by_us or self._stop_timer or not self._ready:
+        if self._child.stopped_by_us or self._stop_timer or self._fleet is None:
             return
         loop = asyncio.get_running_loop()
         self._stop_timer = loop.call_later(
@@ -276,10 +274,9 @@ class Shepherd:
         self._child.kill()
         if self._over.is_set() and rank not in self._deaths:
             return
-        if not self._ready:
+        if self._fleet is None:
             self._start_failed(f"rank {rank} ended while starting: {ending.cause}", ending.code)
             return
-        assert self._fleet is not None
         if rank in self._fleet.known("cause"):
             return
         # A script may do without job.run, or end before it: that is no failure if it says so by
@@ -300,7 +297,7 @@ class Shepherd:
 
     def _vanished(self, at: float) -> None:
         """The rank's main thread is gone, which the kernel will tell of by and by."""
-        if self._fleet is None or not self._ready or self._agreed or self._over.is_set():
+        if self._fleet is None or self._agreed or self._over.is_set():
             return
         if self._dying:
             self._fleet.announce_death(Death(self._place.rank, self._dying, self._died_at))
@@ -448,7 +445,7 @@ class Shepherd:
             return
         while True:
             await asyncio.sleep(min(0.5, self._options.timeout_progress / 8))
-            if not self._ready or self._fleet is None or self._child.stopped_by_us:
+            if self._fleet is None or self._child.stopped_by_us:
                 continue
             now = time.monotonic()
             finding = self._watchdog.look(now, self._child.cpu_seconds)

@@ -333,11 +333,9 @@ class Job:
         arrival = Arrival(state, in_place=was_spare)
 
         def transfer(comm: MPI.Intracomm, plan: Transfer) -> None:
-            nonlocal arrival
             if comm.rank == plan.source:
                 give(comm, plan, state.take_apart())
             elif comm.rank in plan.receivers:
-                arrival = Arrival(state, in_place=was_spare)
                 arrival.receive(comm, plan)
 
         before = self.size
@@ -411,7 +409,7 @@ def _in_words(
     healing = recovery.healing
     adopted = {adoption.failed: adoption.world for adoption in healing.adoptions}
     said = []
-    for world in (*(healing.before.active[r] for r in healing.failed), *healing.spares_lost):
+    for world in healing.dead:
         failure = failures.get(world)
         logical = healing.before.logical(world)
         name = f"spare {world}" if logical is None else f"rank {logical}"

@@ -25,12 +25,6 @@ class _Story:
     recovery: Recovered
     stepped: tuple[int, float] | None = None
 
-    @property
-    def dead(self) -> list[int]:
-        """World ranks of those who failed."""
-        healing = self.recovery.healing
-        return [*(healing.before.active[r] for r in healing.failed), *healing.spares_lost]
-
 
 class Journal:
     """Keeps ``ranks.json``, ``events.jsonl`` and ``summary.json``.
@@ -96,7 +90,9 @@ class Journal:
         The recoveries that have been told now.
         """
         for story in self._untold:
-            unknown = any(not self._failure(world, 0).cause for world in story.dead)
+            unknown = any(
+                not self._failure(world, 0).cause for world in story.recovery.healing.dead
+            )
             if unknown and time.time() - story.recovery.ended < patience:
                 return []
         for story in self._untold:
@@ -130,7 +126,7 @@ class Journal:
             events.append(Event(kind, step, ranks, after.epoch, at, detail))
 
         first = recovery.began
-        for world in story.dead:
+        for world in healing.dead:
             failure = self._failure(world, recovery.began)
             logical = before.logical(world)
             times = Times(failure.at, failure.known)

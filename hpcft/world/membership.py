@@ -81,6 +81,11 @@ class Healing:
     spares_lost: tuple[int, ...]
 
     @property
+    def dead(self) -> list[int]:
+        """World ranks of all that died, active ones first."""
+        return [*(self.before.active[r] for r in self.failed), *self.spares_lost]
+
+    @property
     def action(self) -> str:
         """``substitute``, ``shrink``, ``substitute+shrink`` or ``none`` (only spares died)."""
         parts = ["substitute"] * bool(self.adoptions) + ["shrink"] * bool(self.dropped)

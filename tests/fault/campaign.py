@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from training import Training, family
@@ -157,7 +159,8 @@ class Run:
         if fault.kind == "spare":
             first = spares[0] if spares else first
         if fault.kind == "shepherd":
-            first = _parent(first) or first
+            with contextlib.suppress(psutil.NoSuchProcess):
+                first = psutil.Process(first).ppid()
         stop = fault.kind.startswith("stop")
         self.hit += self._signal(first, signal.SIGSTOP if stop else signal.SIGKILL)
         if fault.kind == "kill in recovery":
@@ -213,12 +216,6 @@ class Run:
                 return f"processes {left} are left"
             time.sleep(0.05)
         return ""
-
-
-def _parent(pid: int) -> int | None:
-    with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return None
 
 
 _references: dict[tuple[int, int], str] = {}
