@@ -49,6 +49,8 @@ class OpenMPI:
     def command(self, ranks: int) -> list[str]:
         """The start of a command that starts so many ranks here, and survives the loss of some."""
         start = [str(self.mpiexec), "--with-ft", "ulfm", "--allow-run-as-root", "-n", str(ranks)]
+        # Here, even where there is an allocation to read and srun to start daemons with.
+        start += ["--prtemca", "ras", "^slurm", "--prtemca", "plm", "^slurm"]
         # The ranks share the processors as they come; where there are too few, they give way.
         return [*start, "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
 

@@ -94,12 +94,24 @@ def find_task(environ: Mapping[str, str] = os.environ) -> Task | None:
             )
         ours = "HPCFT_LAUNCHER" in environ
         return Task(place, "mpiexec", ours, here, None, _wheel_prefix(environ))
-    if "SLURM_JOB_ID" in environ and environ.get("SLURM_JOB_NUM_NODES", "1") != "1":
+    if "SLURM_JOB_ID" in environ:
+        _require_whole_allocation(environ)
+    return None
+
+
+def _require_whole_allocation(environ: Mapping[str, str]) -> None:
+    """Without srun there is one place to train at: the only node of the allocation."""
+    remedy = f"put srun in front: srun {SRUN_OPTIONS} python -m hpcft.run ..."
+    if environ.get("SLURM_JOB_NUM_NODES", "1") != "1":
         raise UsageError(
             "this is a Slurm allocation of several nodes, and nothing has started a task on each",
-            f"put srun in front: srun {SRUN_OPTIONS} python -m hpcft.run ...",
+            remedy,
         )
-    return None
+    # salloc leaves its shell where it was called, often a login node.
+    here = environ.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
+    node = environ.get("SLURM_JOB_NODELIST", here)
+    if here != node:
+        raise UsageError(f"this is {here}, and the node allocated is {node}", remedy)
 
 
 def _slurm_task(step: Step, environ: Mapping[str, str]) -> Task:

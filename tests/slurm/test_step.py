@@ -219,6 +219,34 @@ def test_the_sbatch_template(cluster: Cluster, shared_path: Path) -> None:
     assert '"result": "ok"' in summary.read_text()
 
 
+def test_a_job_of_one_node_needs_no_srun(
+    cluster: Cluster, shared_path: Path, undisturbed: Callable[[int], str]
+) -> None:
+    script = shared_path / "job"
+    script.write_text('#!/bin/sh\nexec "$@"\n')
+    sbatch = ["sbatch", "--wait", "-N1", f"--output={shared_path}/job.out", str(script)]
+    run = Training(
+        shared_path / "run",
+        ["--nproc", "2", "--spares", "1"],
+        prefix=cluster.command(sbatch),
+        environ=cluster.environ(),
+    ).start()
+    run.wait_for_step(5)
+    run.send(1)
+    assert run.finish()["params_sha256"] == undisturbed(2)
+
+
+def test_outside_its_allocation_srun_is_asked_for(cluster: Cluster, shared_path: Path) -> None:
+    run = Training(
+        shared_path / "run",
+        [],
+        prefix=cluster.command(["salloc", "-N1"]),
+        environ=cluster.environ(),
+    ).start()
+    assert run.process.wait(60) == 2
+    assert "put srun in front" in run.output
+
+
 def _state(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
