@@ -30,12 +30,15 @@ class Recovery:
     """One kill; all in seconds.
 
     total: from the kill to the end of the next step.
-    detect, agree, build, transfer: parts of the recovery.
-    step: what is left: the step that was hit, done again.
+    detect: until the survivors are told.
+    halt: until rank 0 comes to the next edge of its step, where it can be broken off.
+    agree, build, transfer: parts of the recovery.
+    step: the step that was hit, done again.
     """
 
     total: float
     detect: float
+    halt: float
     agree: float
     build: float
     transfer: float
@@ -53,14 +56,16 @@ def _kill(pid: int) -> float:
 
 
 def of_hpcft(
-    ranks: int, params: float, kills: int, rng: random.Random
+    ranks: int, params: float, kills: int, spares: int, rng: random.Random
 ) -> tuple[list[Recovery], float]:
-    """Kill ranks; returns the recoveries, and the length of an undisturbed step in seconds."""
+    """Kill ranks, one for each spare of a run, in as many runs as it takes.
+
+    Returns
+    -------
+    The recoveries, and the length of an undisturbed step in seconds.
+    """
     recoveries: list[Recovery] = []
     step = 0.0
-    # As many spares as memory allows: a run with several saves starting several runs.
-    each = params * _PER_PARAMETER + _BESIDES
-    spares = max(1, min(kills, int(_room() / each) - ranks))
     while len(recoveries) < kills:
         with HpcftRun(ranks, spares, ["--params", str(params)]) as run:
             run.more_steps(8)
@@ -78,12 +83,17 @@ def _account(run: HpcftRun, killed: float) -> Recovery:
     known = run.events("failure")[-1]
     resumed, stepped = run.events("resume")[-1], run.events("recovered")[-1]
     phases = resumed["detail"]["phases"]
-    total = stepped["time"] - killed
-    detect = known["time"] + known["detail"]["detect_s"] - killed
+    told = known["time"] + known["detail"]["detect_s"]
     recover = resumed["detail"]["recover_s"]
     build, transfer = phases["build_s"], phases["transfer_s"]
     return Recovery(
-        total, detect, recover - build - transfer, build, transfer, total - detect - recover
+        total=stepped["time"] - killed,
+        detect=told - killed,
+        halt=max(0.0, resumed["time"] - recover - told),
+        agree=recover - build - transfer,
+        build=build,
+        transfer=transfer,
+        step=stepped["time"] - resumed["time"],
     )
 
 
@@ -117,7 +127,7 @@ def _row(ranks: int, params: float, recoveries: list[Recovery], step: float) -> 
         return f"{1000 * median(getattr(r, name) for r in recoveries):.1f}"
 
     worst = 1000 * max(r.total for r in recoveries)
-    parts = " | ".join(map(middle, ("detect", "agree", "build", "transfer", "step")))
+    parts = " | ".join(map(middle, ("detect", "halt", "agree", "build", "transfer", "step")))
     return (
         f"| {ranks} | {params / 1e6:g} M | {middle('total')} | {worst:.0f} | {parts} "
         f"| {1000 * step:.0f} | {len(recoveries)} |"
@@ -125,9 +135,9 @@ def _row(ranks: int, params: float, recoveries: list[Recovery], step: float) -> 
 
 
 _HEAD = """\
-| ranks | parameters | median total | worst | detect | agree | build | transfer | step again \
+| ranks | parameters | total | worst | detect | halt | agree | build | transfer | step again \
 | undisturbed step | kills |
-|---|---|---|---|---|---|---|---|---|---|---|"""
+|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def main() -> None:
@@ -138,6 +148,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--params", type=float, default=10e6)
     parser.add_argument("--kills", type=int, default=10, help="kills under hpcft (default 10)")
+    parser.add_argument("--spares", type=int, default=1, help="spares, and kills, a run (1)")
     parser.add_argument(
         "--peer-kills", type=int, default=3, help="under torchrun; 0: hpcft alone (default 3)"
     )
@@ -150,12 +161,13 @@ def main() -> None:
         for params in (1e6, 10e6, 100e6):
             for ranks in (2, 4, 8, 16):
                 if not _fits(ranks, params):
-                    print(f"| {ranks} | {params / 1e6:g} M | too little memory | | | | | | | | |")
+                    print(f"| {ranks} | {params / 1e6:g} M | too little memory | | | | | | | | | |")
                     continue
                 kills = 3 if params > 20e6 else args.kills
-                print(_row(ranks, params, *of_hpcft(ranks, params, kills, rng)), flush=True)
+                ours = of_hpcft(ranks, params, kills, args.spares, rng)
+                print(_row(ranks, params, *ours), flush=True)
         return
-    recoveries, step = of_hpcft(args.ranks, args.params, args.kills, rng)
+    recoveries, step = of_hpcft(args.ranks, args.params, args.kills, args.spares, rng)
     print(_row(args.ranks, args.params, recoveries, step), flush=True)
     if not args.peer_kills:
         return

@@ -187,7 +187,10 @@ class Job:
         self._seeded_forward = False
 
     def _seed_generators(self) -> None:
-        torch.manual_seed(self._step_seed)
+        # Not torch.manual_seed, which formats a stack trace for each accelerator not in use.
+        torch.default_generator.manual_seed(self._step_seed)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.manual_seed_all(self._step_seed)
         numpy.random.seed(self._step_seed & 0xFFFFFFFF)
         random.seed(self._step_seed)
 

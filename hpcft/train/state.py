@@ -156,11 +156,13 @@ class State:
         self.values.update(tree["values"])
         for name, part in self.parts.items():
             content = tree["parts"][name]
-            if isinstance(part, torch.optim.Optimizer) and _same_tensors(part, content):
-                # load_state_dict would copy what is in place already.
+            # load_state_dict would copy what is in place already.
+            if isinstance(part, torch.optim.Optimizer) and _same(
+                part.state_dict()["state"], content["state"]
+            ):
                 for live, new in zip(part.param_groups, content["param_groups"], strict=True):
                     live.update({k: v for k, v in new.items() if k != "params"})
-            else:
+            elif not (isinstance(part, torch.nn.Module) and _same(part.state_dict(), content)):
                 part.load_state_dict(content)
 
     def digest(self) -> str:
@@ -192,14 +194,15 @@ class State:
         )
 
 
-def _same_tensors(optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> bool:
-    live = pytree.tree_leaves(optimizer.state_dict()["state"])
-    new = pytree.tree_leaves(content["state"])
+def _same(live_tree: Any, new_tree: Any) -> bool:
+    """Whether two trees hold the very same tensors, and equal numbers and texts besides."""
+    live, new = pytree.tree_leaves(live_tree), pytree.tree_leaves(new_tree)
 
     def same(a: Any, b: Any) -> bool:
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
             return a.data_ptr() == b.data_ptr()
-        return type(a) is type(b) and bool(a == b)
+        plain = (bool, int, float, str, type(None))
+        return type(a) is type(b) and isinstance(a, plain) and a == b
 
     return len(live) == len(new) and all(map(same, live, new))
 

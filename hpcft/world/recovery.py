@@ -75,6 +75,8 @@ _FINISH_TAG = 7
 _WHOLE = 0x68706366745F7271
 #: So often may an attempt fail by something else than a death before that is taken for an error.
 _MOST_ALIKE = 3
+#: Between two looks at whether an agreement is reached.
+_NAP = 1e-4
 #: How often a parked spare looks by itself; news from the shepherd wake it at once.
 _PARKED_LOOK = 0.05
 
@@ -275,7 +277,12 @@ class World:
     def _agree(self, flag: int) -> bool:
         self.progress.enter()
         try:
-            return bool(self._pool.Agree(flag))
+            answer = np.array([flag], dtype=np.intc)
+            request = self._pool.Iagree(answer)
+            # Others may be long in coming, computing or moving the state: leave them the processor.
+            while not request.Test():
+                time.sleep(_NAP)
+            return bool(answer[0])
         except MPI.Exception:
             return False
         finally:
