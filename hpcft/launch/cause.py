@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import signal
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+
+from hpcft.launch.cgroup import memory_groups
 
 
 def oom_kills() -> int:
@@ -14,27 +17,16 @@ def oom_kills() -> int:
     Reads ``memory.events`` (cgroup v2) or ``memory.oom_control`` (v1) of the own cgroup, and the
     machine's count where neither says anything.
     """
-    for file in _cgroup_files():
+    files = [
+        group / ("memory.events" if second else "memory.oom_control")
+        for group, second in islice(memory_groups(), 1)
+    ]
+    for file in (*files, Path("/proc/vmstat")):
         for line in _lines(file):
             key, _, value = line.partition(" ")
             if key == "oom_kill":
                 return int(value)
-    for line in _lines(Path("/proc/vmstat")):
-        key, _, value = line.partition(" ")
-        if key == "oom_kill":
-            return int(value)
     return 0
-
-
-def _cgroup_files() -> list[Path]:
-    files = []
-    for line in _lines(Path("/proc/self/cgroup")):
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            files.append(Path("/sys/fs/cgroup" + path) / "memory.events")
-        elif "memory" in controllers.split(","):
-            files.append(Path("/sys/fs/cgroup/memory" + path) / "memory.oom_control")
-    return files
 
 
 def _lines(file: Path) -> list[str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from hpcft.errors import HpcftError, UsageError
 from hpcft.launch import openmpi
+from hpcft.launch.cgroup import memory_groups
 from hpcft.launch.interface import address_towards, network_of
 from hpcft.launch.place import SRUN_OPTIONS
 from hpcft.launch.settings import rank_settings
@@ -152,7 +153,8 @@ def memory() -> Iterator[Finding]:
     """What limits memory: the machine, control groups, ulimit."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit, source = machine, "the machine's"
-    for file in _memory_limit_files():
+    for group, second in memory_groups():
+        file = group / ("memory.max" if second else "memory.limit_in_bytes")
         text = _read(file).strip()
         if text.isdigit() and int(text) < limit:
             limit, source = int(text), f"limited by {file}"
@@ -377,21 +379,6 @@ def _other_node(environ: Mapping[str, str]) -> str | None:
         return None
     nodes = _output(["scontrol", "show", "hostnames", environ.get("SLURM_JOB_NODELIST", "")])
     return next((node for node in nodes.split() if node != host_name()), None)
-
-
-def _memory_limit_files() -> Iterator[Path]:
-    """The files that limit this process's memory, its own control group's and those above it."""
-    for line in _read(Path("/proc/self/cgroup")).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            top, name = Path("/sys/fs/cgroup"), "memory.max"
-        elif "memory" in controllers.split(","):
-            top, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
-        else:
-            continue
-        group = Path(path.lstrip("/"))
-        for part in (group, *group.parents):
-            yield top / part / name
 
 
 def _filesystem(path: Path) -> str:

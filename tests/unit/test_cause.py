@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from hpcft.launch import cause
 from hpcft.launch.cause import Ending, ending, oom_kills
 
 
@@ -75,10 +74,12 @@ def test_kills_for_memory_are_counted_where_the_kernel_says_them(
     # The own cgroup's count goes before the machine's.
     files = {"/proc/vmstat": VMSTAT, **files} if files else files
 
-    def lines(file: Path) -> list[str]:
-        return files.get(str(file), "").splitlines()
+    def read(file: Path) -> str:
+        if str(file) not in files:
+            raise FileNotFoundError(file)
+        return files[str(file)]
 
-    monkeypatch.setattr(cause, "_lines", lines)
+    monkeypatch.setattr(Path, "read_text", read)
     assert oom_kills() == kills
 
 
