@@ -32,7 +32,7 @@ def rank_settings(prefix: Path | None, ranks_here: int, interface: str | None) -
         "OMPI_MCA_mpi_add_procs_cutoff": "1000000",
         # In the default binary tree an agreement was seen to hang when a process died that others
         # depended on; in a star nobody depends on anyone but the first.
-        "OMPI_MCA_coll_ftagree_era_topology": "2",
+        "OMPI_MCA_coll_ftagree_era_topology": "3",
         "PYTHONUNBUFFERED": "1",
         # The server may offer munge, which the Open MPI of a Python environment lacks.
         "PMIX_MCA_psec": "native",

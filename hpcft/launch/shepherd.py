@@ -34,7 +34,7 @@ from hpcft.launch.fleet import Death, Fleet, Listener, Peer
 from hpcft.launch.options import RunOptions
 from hpcft.launch.place import Place
 from hpcft.launch.relay import Relay
-from hpcft.launch.watchdog import Watchdog
+from hpcft.launch.watchdog import JamWatch, Watchdog
 from hpcft.telemetry.events import Event, Times
 from hpcft.telemetry.events import failure as failure_event
 from hpcft.telemetry.rundir import RunDirectory
@@ -44,6 +44,8 @@ from hpcft.world.progress import Progress
 
 #: Seconds a fenced shepherd waits to hear from the others.
 _FENCED_TIME = 60.0
+#: Seconds after which a recovery that all are in counts as jammed.
+_JAM_TIME = 10.0
 #: Seconds a killed process may take to end.
 _REAP_TIME = 2.0
 #: Seconds rank 0 waits before it speaks of a failed start; the others wait twice as long.
@@ -104,6 +106,7 @@ class Shepherd:
         relay = await Relay.start(os.environ)
         self._progress = Progress.create()
         self._watchdog = Watchdog(self._progress, self._options.timeout_progress)
+        self._jams = JamWatch(self._progress, _JAM_TIME)
         await self._start_child(relay.environ)
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -363,7 +366,9 @@ class Shepherd:
             self._reason = fact["reason"]
             self._over.set()
         elif kind.startswith("stuck"):
-            self._watchdog.heard(rank, time.monotonic())
+            self._watchdog.complaints.heard(rank, time.monotonic())
+        elif kind.startswith("jam"):
+            self._jams.complaints.heard(rank, time.monotonic())
         self._check_over()
 
     def _check_over(self) -> None:
@@ -441,24 +446,26 @@ class Shepherd:
     # -- looking after the rank ----------------------------------------------------------------
 
     async def _watch(self) -> None:
-        if not self._options.timeout_progress:
-            return
+        timeout = self._options.timeout_progress
         while True:
-            await asyncio.sleep(min(0.5, self._options.timeout_progress / 8))
+            await asyncio.sleep(min(0.5, timeout / 8) if timeout else 0.5)
             if self._fleet is None or self._child.stopped_by_us:
                 continue
             now = time.monotonic()
+            if self._jams.look(now):
+                self._fleet.announce(f"jam {self._jams.times}", self._place.rank)
+                if self._has_to_go(now):
+                    seconds = _JAM_TIME
+                    await self._kill_stuck(f"stuck in a recovery for {seconds:g} s", seconds)
+                    return
             finding = self._watchdog.look(now, self._child.cpu_seconds)
             if finding == "stuck":
-                self._child.send(STACKS_SIGNAL)
-                await asyncio.sleep(0.2)
-                seconds = self._options.timeout_progress
-                self._kill_hung(f"stuck: no step for {seconds:g} s", time.time() - seconds)
+                await self._kill_stuck(f"stuck: no step for {timeout:g} s", timeout)
                 return
             if finding == "waiting":
                 self._fleet.announce(f"stuck {self._watchdog.times}", self._place.rank)
                 alive = self._active - self._fleet.known("dead")
-                if self._watchdog.all_waiting(alive, now):
+                if self._watchdog.complaints.from_all(alive, now):
                     self._child.send(STACKS_SIGNAL)
                     await asyncio.sleep(0.2)
                     self._end(
@@ -466,3 +473,19 @@ class Shepherd:
                         "all ranks wait for each other and no step advances; their stacks are "
                         "in the logs",
                     )
+
+    def _has_to_go(self, now: float) -> bool:
+        """Whether all are in a recovery that is jammed, and this rank is the one that gives way.
+
+        A spare is missed less than a rank with the state; beyond that, who coordinates MPI's
+        agreement, which is the lowest, is the likeliest to bring it to its end by going.
+        """
+        assert self._fleet is not None
+        alive = set(range(self._place.size)) - self._fleet.known("dead")
+        first = min(alive, key=lambda rank: (rank in self._active, rank))
+        return first == self._place.rank and self._jams.complaints.from_all(alive, now)
+
+    async def _kill_stuck(self, cause: str, seconds: float) -> None:
+        self._child.send(STACKS_SIGNAL)
+        await asyncio.sleep(0.2)
+        self._kill_hung(cause, time.time() - seconds)

@@ -353,7 +353,7 @@ class Job:
             self._whole = True
             self._place(state)
             self._savepoint = Savepoint(state)
-            link.send("role", logical=world.logical, active=world.membership.active)
+        link.send("role", logical=world.logical, active=world.membership.active)
         if self._session.journal:
             self._session.journal.recovered(recovery)
         self._give_up_on_repetition(recovery)

@@ -11,10 +11,12 @@ of the death a tenth of a second earlier.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -26,15 +28,17 @@ class Reading:
     step: steps completed.
     calls: blocking calls entered and left so far.
     waiting: inside a blocking call, that is, waiting for another rank.
+    mending: in a part of a recovery that takes milliseconds, once all have come to it.
     """
 
     running: bool
     step: int
     calls: int
     waiting: bool
+    mending: bool = False
 
 
-_LAYOUT = struct.Struct("=QQQ")
+_LAYOUT = struct.Struct("=QQQQ")
 #: Where the mutex is in the page; far more than any libc's takes is left for it.
 _MUTEX, _MUTEX_SIZE = 128, 128
 _PTHREAD_PROCESS_SHARED = _PTHREAD_MUTEX_ROBUST = 1
@@ -57,6 +61,7 @@ class Progress:
         self._step = 0
         self._calls = 0
         self._depth = 0
+        self._mending = 0
 
     @classmethod
     def create(cls) -> Progress:
@@ -81,7 +86,7 @@ class Progress:
         self._libc.pthread_mutex_lock(self._mutex)
 
     def _write(self) -> None:
-        _LAYOUT.pack_into(self._page, 0, self._running, self._step, self._calls)
+        _LAYOUT.pack_into(self._page, 0, self._running, self._step, self._calls, self._mending)
 
     def run(self, running: bool) -> None:
         """Steps are expected to advance from now on, or no longer."""
@@ -107,8 +112,19 @@ class Progress:
             self._calls += 1
             self._write()
 
+    @contextlib.contextmanager
+    def mending(self, mending: bool = True) -> Iterator[None]:
+        """Around a part of a recovery; with False around what takes its time within that."""
+        before, self._mending = self._mending, int(mending)
+        self._write()
+        try:
+            yield
+        finally:
+            self._mending = before
+            self._write()
+
     def read(self) -> Reading:
         """What the rank wrote last."""
-        running, step, calls = _LAYOUT.unpack_from(self._page, 0)
+        running, step, calls, mending = _LAYOUT.unpack_from(self._page, 0)
         # Counted once when entered and once when left, so an odd count is inside.
-        return Reading(bool(running), step, calls, bool(calls % 2))
+        return Reading(bool(running), step, calls, bool(calls % 2), bool(mending))

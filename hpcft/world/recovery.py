@@ -275,13 +275,15 @@ class World:
         self._pool.Revoke()
 
     def _agree(self, flag: int) -> bool:
+        answer = np.array([flag], dtype=np.intc)
         self.progress.enter()
         try:
-            answer = np.array([flag], dtype=np.intc)
-            request = self._pool.Iagree(answer)
-            # Others may be long in coming, computing or moving the state: leave them the processor.
-            while not request.Test():
-                time.sleep(_NAP)
+            with self.progress.mending():
+                request = self._pool.Iagree(answer)
+                # Others may be long in coming, computing or moving the state: leave them the
+                # processor.
+                while not request.Test():
+                    time.sleep(_NAP)
             return bool(answer[0])
         except MPI.Exception:
             return False
@@ -317,7 +319,8 @@ class World:
             while True:
                 attempts += 1
                 size = self._pool.Get_size()
-                result = self._attempt(report, transfer)
+                with self.progress.mending():
+                    result = self._attempt(report, transfer)
                 if result is not None:
                     break
                 nobody_died = self._pool.Get_size() == size
@@ -388,7 +391,9 @@ class World:
         assert plan is not None
         with self._trying(active) as moved:
             if active is not None:
-                transfer(active, plan)
+                # It may be much that has to be moved.
+                with self.progress.mending(False):
+                    transfer(active, plan)
         lap("transfer_s")
         if not self._agree(moved.good):
             return None

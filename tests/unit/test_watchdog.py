@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcft.launch.watchdog import Watchdog
+from hpcft.launch.watchdog import JamWatch, Watchdog
 from hpcft.world.progress import Progress, Reading
 
 TIMEOUT = 10.0
@@ -170,15 +170,41 @@ def test_whoever_advances_in_time_is_never_complained_of(
 
 def test_all_wait_only_if_everyone_has_lately_been_found_to(watchdog: Watchdog) -> None:
     ranks = {0, 1, 2}
-    assert not watchdog.all_waiting({0}, 1)
-    watchdog.heard(0, 100)
-    watchdog.heard(1, 103)
-    assert not watchdog.all_waiting(ranks, 103)
-    watchdog.heard(2, 104)
-    assert watchdog.all_waiting(ranks, 104)
-    assert watchdog.all_waiting({0, 2}, 110)
+    assert not watchdog.complaints.from_all({0}, 1)
+    watchdog.complaints.heard(0, 100)
+    watchdog.complaints.heard(1, 103)
+    assert not watchdog.complaints.from_all(ranks, 103)
+    watchdog.complaints.heard(2, 104)
+    assert watchdog.complaints.from_all(ranks, 104)
+    assert watchdog.complaints.from_all({0, 2}, 110)
     # Rank 0 has not been heard of for longer than the timeout: it may have gone on.
-    assert not watchdog.all_waiting(ranks, 110.1)
-    assert watchdog.all_waiting({1, 2}, 110.1)
-    watchdog.heard(0, 111)
-    assert watchdog.all_waiting(ranks, 111)
+    assert not watchdog.complaints.from_all(ranks, 110.1)
+    assert watchdog.complaints.from_all({1, 2}, 110.1)
+    watchdog.complaints.heard(0, 111)
+    assert watchdog.complaints.from_all(ranks, 111)
+
+
+def test_a_recovery_that_does_not_end_is_jammed(rank: Progress) -> None:
+    jams = JamWatch(Progress(rank.fd), TIMEOUT)
+    rank.enter()
+    assert [jams.look(now) for now in (0, 50)] == [False, False]
+    with rank.mending():
+        found = [jams.look(float(now)) for now in range(100, 122)]
+        assert [now for now, jammed in enumerate(found) if jammed] == [10, 15, 20]
+        # The state is being moved, which may take its time.
+        with rank.mending(False):
+            assert not any(jams.look(now) for now in range(200, 300))
+        assert not jams.look(300)
+        assert not jams.look(309.9)
+        assert jams.look(310)
+    assert not jams.look(400)
+    assert jams.times == 4
+
+
+def test_short_stays_in_recoveries_do_not_add_up(rank: Progress) -> None:
+    jams = JamWatch(Progress(rank.fd), TIMEOUT)
+    for now in range(100):
+        rank.enter()
+        with rank.mending():
+            assert not jams.look(now)
+        rank.leave()
