@@ -30,8 +30,9 @@ def rank_settings(prefix: Path | None, ranks_here: int, interface: str | None) -
         # told, and its agreements wait for it (open-mpi/ompi pull request 13501). So it is to know
         # all processes from the beginning, however many there are.
         "OMPI_MCA_mpi_add_procs_cutoff": "1000000",
-        # In the default binary tree an agreement was seen to hang when a process died that others
-        # depended on; in a star nobody depends on anyone but the first.
+        # In a binary tree and in a string agreements were seen to hang when processes died shortly
+        # after each other; in a star nobody depends on anyone but the first. (What Open MPI says
+        # of this setting has string and star the wrong way round.)
         "OMPI_MCA_coll_ftagree_era_topology": "3",
         "PYTHONUNBUFFERED": "1",
         # The server may offer munge, which the Open MPI of a Python environment lacks.

@@ -121,6 +121,27 @@ def test_a_deadlocked_rank_is_found_and_its_stacks_are_logged(
     assert "in harm" in log
 
 
+def test_a_recovery_that_jams_gives_up_a_spare(tmp_path: Path) -> None:
+    script = tmp_path / "jam.py"
+    script.write_text(
+        "import os, runpy, sys, time\n"
+        "from hpcft.world.recovery import World\n"
+        "if os.environ['PMIX_RANK'] == '3':\n"
+        "    World._exchange = lambda *_: time.sleep(3600)\n"
+        "del sys.argv[0]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    options = ["--nproc", "3", "--spares", "1"]
+    run = Training(tmp_path / "run", options, [str(script), str(PROGRAM)]).start()
+    run.wait_for_step(10)
+    run.send(1)
+    summary = run.finish()
+    assert summary["world"] == {"initial": 3, "final": 2, "spares_left": 0}
+    causes = [failure["cause"] for failure in summary["failures"]]
+    assert causes == ["killed by SIGKILL", "stuck in a recovery for 10 s"]
+    assert "in <lambda>" in (run.run_dir / "logs" / "rank-3.log").read_text()
+
+
 def test_without_spares_the_job_goes_on_smaller(launch: Launch) -> None:
     run = launch("--nproc", "3")
     run.wait_for_step(10)
