@@ -26,6 +26,7 @@ from hpcft.launch.place import SRUN_OPTIONS
 from hpcft.launch.settings import rank_settings
 from hpcft.slurm import srun
 from hpcft.slurm.step import Step, find_step
+from hpcft.world.versions import known_problem
 
 _TRIAL_SECONDS = 90.0  # ten times what a cold start of three ranks takes on a slow filesystem
 _LITTLE_SPACE = 1 << 30
@@ -80,7 +81,7 @@ def examine(run_dir: Path, environ: Mapping[str, str] = os.environ) -> Iterator[
         mpi = openmpi.find()
         openmpi.require_fault_tolerance(mpi)
         yield Finding("Open MPI", Level.OK, f"{mpi.version} at {mpi.prefix}, with fault tolerance")
-        if problem := openmpi.known_problem(mpi):
+        if problem := known_problem(mpi.version):
             yield Finding("Open MPI", Level.WARN, problem, "use 5.0.9")
     except UsageError as error:
         yield _failure("Open MPI", error)

@@ -14,6 +14,7 @@ from hpcft.launch import openmpi
 from hpcft.launch.child import adopt_orphans, descendants, die_with_parent
 from hpcft.launch.options import RunOptions, check_sizes
 from hpcft.telemetry.rundir import RunDirectory
+from hpcft.world.versions import known_problem
 
 #: Seconds mpiexec has to end by itself after it was asked to.
 _PATIENCE = 8.0
@@ -43,7 +44,7 @@ def launch(options: RunOptions, argv: list[str]) -> int:
     mpi = openmpi.find()
     openmpi.require_fault_tolerance(mpi)
     openmpi.require_mpi4py(mpi)
-    if problem := openmpi.known_problem(mpi):
+    if problem := known_problem(mpi.version):
         print(f"hpcft: warning: {problem}", file=sys.stderr)
     create_run_directory(options, tasks)
     command = [

