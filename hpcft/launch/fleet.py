@@ -8,12 +8,16 @@ through a Unix socket, the leaders to each other through TCP::
      |  |              |  |              |  |
      s  s              s  s              s  s
 
+The death of a leader is the loss of its node. On a single node, where that would be the loss of
+all, every shepherd is connected to every other, and nobody depends on the leader.
+
 Facts (a rank is dead, a rank is done, the run is over) are flooded: who learns a new one passes it
 on to every connection but the one it came from. Facts only accumulate, so order and repetition do
 not matter::
 
     suspect L  a leader: it suspects node L, whose leader is L
     lost       a node's leader: the node is dead or cut off; its ranks are dead with it
+    gone       a rank: its shepherd is dead, and the rank with it
     dead       a rank: its process is dead, or will be before it can speak again
     cause      a rank: why it died, which can become known a little later
     done       a rank: it ended as agreed
@@ -154,8 +158,15 @@ class Fleet:
     def _leads(self) -> bool:
         return self.rank == self._leader
 
+    @property
+    def _alone(self) -> bool:
+        """Whether this node is the only one."""
+        return len(self._nodes) == 1
+
     def _expected(self) -> set[int]:
         """The ranks whose shepherds this one is connected to."""
+        if self._alone:
+            return set(self._peers) - {self.rank}
         if not self._leads:
             return {self._leader}
         return (set(self._nodes) | set(self._nodes[self.rank])) - {self.rank}
@@ -178,14 +189,12 @@ class Fleet:
         for sock in (listener.tcp, listener.unix):
             start = asyncio.start_server if sock is listener.tcp else asyncio.start_unix_server
             await start(accept, sock=sock, limit=LINE_LIMIT)
-        if not self._leads:
-            leader = self._peers[self._leader]
-            self._adopt(await connect(leader.local, 0, secret, self.rank))
-        else:
-            for other in sorted(self._nodes):
-                if other < self.rank:
-                    peer = self._peers[other]
-                    self._adopt(await connect(peer.address, peer.port, secret, self.rank))
+        for other in sorted(self._expected()):
+            if other < self.rank:
+                peer = self._peers[other]
+                here = peer.node == self._peers[self.rank].node
+                where = (peer.local, 0) if here else (peer.address, peer.port)
+                self._adopt(await connect(*where, secret, self.rank))
         while not self._expected() <= self._connections.keys():
             self._arrived.clear()
             await self._arrived.wait()
@@ -215,7 +224,7 @@ class Fleet:
     def standing(self) -> set[int]:
         """The ranks whose shepherds are there, as far as is known."""
         lost = {rank for leader in self.known("lost") for rank in self._nodes[leader]}
-        return set(self._peers) - lost
+        return set(self._peers) - lost - self.known("gone")
 
     async def leave(self) -> None:
         """Close all connections, after a last chance for the others to say they know all."""
@@ -262,12 +271,13 @@ class Fleet:
         # Who is missing from "bye" did not leave by agreement.
         if peer in self.known("bye") or self.known("end"):
             return
-        if not self._leads:
+        if not self._leads and not self._alone:
             self._on_fenced("the leading shepherd of this node is gone")
-        elif peer in self._nodes and peer != self.rank:
+        elif peer in self._nodes and not self._alone:
             if certain:
                 self._declare(peer, f"node {self._peers[peer].host} lost", time.time())
         else:
+            self.announce("gone", peer)
             self.announce_death(Death(peer, "its shepherd died", time.time()))
 
     def _declare(self, leader: int, cause: str, at: float) -> None:

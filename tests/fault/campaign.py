@@ -37,6 +37,8 @@ _WEIGHTS = (4, 2, 4, 3, 1, 1, 1)
 _TWO_BLOWS = ("double kill", "kill in recovery", "stop and kill")
 #: A run takes some ten seconds; one that takes this long hangs.
 _PATIENCE = 120.0
+#: A recovery takes a tenth of this, or, when a process was stopped, somewhat less than this.
+_RECOVERY_TIME = 1.0
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,10 @@ class Plan:
 def draw(seed: str) -> Plan:
     """The plan that follows from ``seed``."""
     rng = random.Random(seed)
-    nproc, spares = rng.randint(2, 4), rng.randint(0, 5)
-    # About as many as there are spares, sometimes more than can be borne.
-    count = max(1, spares + rng.randint(-1, 1))
+    nproc, spares = rng.randint(2, 4), rng.randint(0, 8)
+    shrink = rng.random() < 0.4
+    # About as many as can be borne, sometimes more.
+    count = max(1, spares + rng.randint(-1, nproc - 1 if shrink else 1))
     faults = []
     for number in range(count):
         kind = rng.choices(_KINDS, _WEIGHTS)[0]
@@ -101,7 +104,7 @@ def draw(seed: str) -> Plan:
                 gap,
             )
         )
-    return Plan(seed, nproc, spares, rng.random() < 0.4, tuple(faults))
+    return Plan(seed, nproc, spares, shrink, tuple(faults))
 
 
 class Run:
@@ -111,8 +114,8 @@ class Run:
         self.plan = plan
         self.training = Training(path / "run", plan.options)
         self.training.program = [self.training.program[0], *plan.program]
-        #: How many processes were hit, whether or not they died of it.
-        self.hit = 0
+        #: When processes were hit, whether or not they died of it.
+        self.blows: list[float] = []
         self.ending = "hung"
 
     def carry_out(self) -> str:
@@ -145,11 +148,21 @@ class Run:
             time.sleep(0.002)
         return True
 
-    def _signal(self, pid: int, number: int) -> bool:
+    @property
+    def hit(self) -> int:
+        """How many processes were hit."""
+        return len(self.blows)
+
+    def _most_at_once(self) -> int:
+        """The most that were hit before a recovery from the first of them can be over."""
+        return max(
+            (sum(0 <= b - a < _RECOVERY_TIME for b in self.blows) for a in self.blows), default=0
+        )
+
+    def _hit(self, pid: int, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-            return True
-        return False
+            self.blows.append(time.monotonic())
 
     def _harm(self, fault: Fault) -> None:
         ranks = self.training.ranks()
@@ -162,14 +175,15 @@ class Run:
             with contextlib.suppress(psutil.NoSuchProcess):
                 first = psutil.Process(first).ppid()
         stop = fault.kind.startswith("stop")
-        self.hit += self._signal(first, signal.SIGSTOP if stop else signal.SIGKILL)
+        self._hit(first, signal.SIGSTOP if stop else signal.SIGKILL)
         if fault.kind == "kill in recovery":
             time.sleep(fault.gap)
-        if fault.kind in _TWO_BLOWS:
-            self.hit += second != first and self._signal(second, signal.SIGKILL)
+        if fault.kind in _TWO_BLOWS and second != first:
+            self._hit(second, signal.SIGKILL)
         if stop:
             time.sleep(fault.gap)
-            self._signal(first, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(first, signal.SIGCONT)
 
     def _judge(self, code: int) -> str:
         file = self.training.run_dir / "summary.json"
@@ -200,11 +214,10 @@ class Run:
         if summary["result"] != "failed" or not summary["reason"]:
             return f"exit code {code} with {summary}"
         reason = summary["reason"]
-        at_once = any(fault.kind in _TWO_BLOWS for fault in plan.faults)
         borne = (
             ("no spare is left" in reason and self.hit <= plan.spares)
-            # Of two ranks both, and with them all copies of the state.
-            or ("no survivor" in reason and not (plan.nproc == 2 and at_once))
+            # All that trained, and with them all copies of the state.
+            or ("no survivor" in reason and self._most_at_once() < plan.nproc)
             or (code != 3 and self.hit < launched)
         )
         return f"exit code {code} after {self.hit} hits: {reason}" if borne else ""

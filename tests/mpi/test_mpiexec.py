@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from training import PROGRAM, Training, family, kill_at_start, wait_for
 
@@ -119,6 +120,29 @@ def test_a_deadlocked_rank_is_found_and_its_stacks_are_logged(
     assert "stuck" in failure["cause"]
     log = (run.run_dir / "logs" / "rank-1.log").read_text()
     assert "in harm" in log
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_whose_shepherd_is_killed_is_replaced(
+    launch: Launch, undisturbed: str, victim: int
+) -> None:
+    run = launch("--nproc", "3", "--spares", "1")
+    run.wait_for_step(10)
+    shepherd = psutil.Process(run.entry(victim)["pid"]).ppid()
+    os.kill(shepherd, signal.SIGKILL)
+    summary = run.finish()
+    assert summary["params_sha256"] == undisturbed
+    [failure] = summary["failures"]
+    assert (failure["ranks"], failure["cause"]) == ([victim], "its shepherd died")
+
+
+def test_a_run_that_loses_its_first_shepherd_and_fails_says_so(launch: Launch) -> None:
+    run = launch("--nproc", "2", "--on-failure", "substitute")
+    run.wait_for_step(10)
+    os.kill(psutil.Process(run.entry(0)["pid"]).ppid(), signal.SIGKILL)
+    summary = run.finish(code=3)
+    assert summary["result"] == "failed"
+    assert "no spare is left" in summary["reason"]
 
 
 def test_a_recovery_that_jams_gives_up_a_spare(tmp_path: Path) -> None:
