@@ -88,17 +88,18 @@ def draw(seed: str) -> Plan:
     rng = random.Random(seed)
     nproc, spares = rng.randint(2, 4), rng.randint(0, 8)
     shrink = rng.random() < 0.4
-    # About as many as can be borne, sometimes more.
-    count = max(1, spares + rng.randint(-1, nproc - 1 if shrink else 1))
-    faults = []
-    for number in range(count):
+    # As much as can be borne, or less, sometimes more.
+    blows = max(1, spares + rng.randint(-3, nproc - 1 if shrink else 1))
+    faults: list[Fault] = []
+    while blows > 0:
         kind = rng.choices(_KINDS, _WEIGHTS)[0]
+        blows -= 2 if kind in _TWO_BLOWS else 1
         first = rng.randrange(nproc)
         gap = rng.uniform(0, 1.5) if kind.startswith("stop") else rng.expovariate(100)
         faults.append(
             Fault(
                 kind,
-                _STEPS_BETWEEN * (number + 1) + rng.randint(-5, 5),
+                _STEPS_BETWEEN * (len(faults) + 1) + rng.randint(-5, 5),
                 rng.uniform(0, 0.03),
                 (first, (first + rng.randrange(1, nproc)) % nproc),
                 gap,
