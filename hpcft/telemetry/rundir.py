@@ -58,6 +58,7 @@ class RunDirectory:
         former = set((self.path / "logs").glob("rank-*.log")) - own
         for file in (self.ranks_file, self.events_file, self.summary_file, *former):
             file.unlink(missing_ok=True)
+        self._sweep()
 
     def events(self) -> list[Event]:
         """All events so far."""
@@ -80,8 +81,15 @@ class RunDirectory:
         _replace(self.ranks_file, table)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Replace ``summary.json``."""
+        """Replace ``summary.json``, the last thing a run does."""
         _replace(self.summary_file, summary)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what writers left that were killed in the middle of it."""
+        for file in (self.ranks_file, self.summary_file):
+            for torn in self.path.glob(f".{file.name}.*"):
+                torn.unlink(missing_ok=True)
 
 
 def _replace(path: Path, content: dict[str, Any]) -> None:

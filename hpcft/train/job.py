@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import random
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Literal
@@ -43,6 +44,9 @@ class Outcome(enum.Enum):
 
 #: Steps a spare tries out: the second, for DistributedDataParallel settles its buckets in it.
 _DRY_STEPS = 2
+
+#: Seconds that rank 0 gets to write down how the run ended.
+_LAST_WORDS = 1.0
 
 
 class StepInterrupted(BaseException):
@@ -134,6 +138,9 @@ class Job:
                 # The run ends; what came before that is to be told.
                 if self._session.journal:
                     self._say(self._session.journal.tell(patience=0))
+                if self._world.logical != 0:
+                    # The first to say so ends all, also rank 0 while it is telling.
+                    time.sleep(_LAST_WORDS)
                 raise
             outcome = self._stretch(train, state)
         self._finish(state)

@@ -234,6 +234,7 @@ def test_a_new_run_clears_what_a_former_one_left_and_nothing_else(tmp_path: Path
     former.write_summary({"result": "ok"})
     for world in range(4):
         former.log_file(world).write_text("former or just begun")
+    (former.path / ".ranks.json.4711").write_text("{")
     (former.path / "notes.txt").write_text("mine")
     (former.path / "logs" / "notes.txt").write_text("mine")
 
@@ -253,6 +254,7 @@ def test_what_is_replaced_is_replaced_as_a_whole(tmp_path: Path) -> None:
         run.write_ranks({"epoch": 1, "ranks": []})
         # Who has begun to read the old one reads it to its end.
         assert json.load(reader)["epoch"] == 0
+    (run.path / ".ranks.json.4711").write_text("{")
     run.write_summary({"result": "ok"})
     assert json.loads(run.ranks_file.read_text()) == {"epoch": 1, "ranks": []}
     assert json.loads(run.summary_file.read_text()) == {"result": "ok"}
