@@ -48,7 +48,8 @@ def _shepherd(options: RunOptions, task: Task) -> int:
     if task.starter == "srun" and task.place.rank == 0:
         _warn_of_srun_options()
     settings = rank_settings(task.prefix, task.ranks_here, task.interface)
-    return asyncio.run(Shepherd(options, task.place, settings, active, task.end_all).run())
+    shepherd = Shepherd(options, task.place, settings, active, task.ranks_here, task.end_all)
+    return asyncio.run(shepherd.run())
 
 
 def _warn_of_srun_options() -> None:

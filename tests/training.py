@@ -119,13 +119,25 @@ class Training:
             self.process.wait()
 
 
-def kill_at_start(path: Path, rank: int) -> None:
-    """With ``path`` in PYTHONPATH a rank's process dies before it has come to MPI."""
+def kill_at_start(
+    path: Path, rank: int, module: str = "hpcft.world.rank", after: float = 0
+) -> None:
+    """With ``path`` in PYTHONPATH a process of a rank dies before that rank has come to MPI.
+
+    Parameters
+    ----------
+    module: what the process runs: the rank itself, or ``hpcft.run``, its shepherd, which the rank
+        then waits for.
+    after: seconds from the start of Python to the death.
+    """
     (path / "sitecustomize.py").write_text(
-        "import os\n"
-        "command = open('/proc/self/cmdline', 'rb').read()\n"
-        f"if os.environ.get('PMIX_RANK') == '{rank}' and b'hpcft.world.rank' in command:\n"
-        "    os.kill(os.getpid(), 9)\n"
+        "import os, threading, time\n"
+        "command = open('/proc/self/cmdline', 'rb').read().split(bytes(1))\n"
+        f"if os.environ.get('PMIX_RANK') == '{rank}':\n"
+        f"    if b'{module}' in command:\n"
+        f"        threading.Timer({after}, os.kill, (os.getpid(), 9)).start()\n"
+        "    if b'hpcft.world.rank' in command:\n"
+        "        time.sleep(600)\n"
     )
 
 

@@ -31,16 +31,27 @@ def adopt_orphans() -> None:
 
 def descendants(root: int) -> list[int]:
     """Process numbers of all running descendants of ``root``, children before grandchildren."""
-    children: dict[int, list[int]] = {}
+    families = _families()
+    found = list(families.get(root, []))
+    for pid in found:
+        found.extend(families.get(pid, []))
+    return found
+
+
+def children(parent: int) -> list[int]:
+    """Process numbers of the children of ``parent``."""
+    return _families().get(parent, [])
+
+
+def _families() -> dict[int, list[int]]:
+    """The children of every process that has some."""
+    families: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with contextlib.suppress(OSError):
                 parent = int(_stat(int(entry))[1])
-                children.setdefault(parent, []).append(int(entry))
-    found = list(children.get(root, []))
-    for pid in found:
-        found.extend(children.get(pid, []))
-    return found
+                families.setdefault(parent, []).append(int(entry))
+    return families
 
 
 def _stat(pid: int) -> list[str]:

@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import NoReturn
 
 from hpcft.launch.cause import Ending
@@ -34,6 +34,7 @@ from hpcft.launch.fleet import Death, Fleet, Listener, Peer
 from hpcft.launch.options import RunOptions
 from hpcft.launch.place import Place
 from hpcft.launch.relay import Relay
+from hpcft.launch.siblings import Siblings
 from hpcft.launch.watchdog import JamWatch, Watchdog
 from hpcft.telemetry.events import Event, Times
 from hpcft.telemetry.events import failure as failure_event
@@ -61,6 +62,7 @@ class Shepherd:
     ----------
     settings: environment variables for the rank.
     active: how many ranks train.
+    ranks_here: how many ranks this node has.
     end_all: has the launcher end all its tasks.
     """
 
@@ -70,12 +72,14 @@ class Shepherd:
         place: Place,
         settings: dict[str, str],
         active: int,
+        ranks_here: int,
         end_all: Callable[[], None],
     ) -> None:
         self._options = options
         self._place = place
         self._settings = settings
         self._active = set(range(active))
+        self._siblings = Siblings(ranks_here, time.monotonic())
         self._end_all = end_all
         self._rundir = RunDirectory(options.run_dir)
         self._over = asyncio.Event()
@@ -83,7 +87,8 @@ class Shepherd:
         self._reaped = False
         self._fenced = False
         self._agreed = False
-        self._codes: dict[int, int] = {}
+        #: rank -> how it ended, of those that ended as agreed
+        self._endings: dict[int, Ending] = {}
         #: rank -> its death, and when it became known here
         self._deaths: dict[int, tuple[Death, float]] = {}
         self._reason = ""
@@ -124,8 +129,8 @@ class Shepherd:
         await self._await_reaping()
         await self._fleet.leave()
         code = self._exit_code()
-        if code:
-            self._write_summary()
+        if code and self._place.rank == min(self._fleet.standing()):
+            self._tell_of_failure()
         await relay.close()
         return code
 
@@ -286,7 +291,7 @@ class Shepherd:
         # its exit code.
         left = ending.code == 0 and not self._progress.read().running
         if self._agreed or (left and not self._dying):
-            self._fleet.announce("done", rank, code=ending.code)
+            self._fleet.announce("done", rank, **asdict(ending))
             return
         cause = self._dying or ending.cause
         at = self._died_at if self._dying else time.time()
@@ -359,7 +364,7 @@ class Shepherd:
             if rank != self._place.rank:
                 self._tell({"kind": "cause", "rank": rank, "cause": fact["cause"]})
         elif kind == "done":
-            self._codes[rank] = fact["code"]
+            self._endings[rank] = Ending(fact["code"], fact["cause"])
         elif kind == "end":
             if self._code is None:
                 self._code = fact["code"]
@@ -405,20 +410,29 @@ class Shepherd:
     def _exit_code(self) -> int:
         if self._code is not None:
             return self._code
-        if not self._codes:
+        if not self._endings:
             # Nobody came to an agreed end: the first to fail speaks for all.
             return min((death for death, _ in self._deaths.values()), key=lambda d: d.at).code or 3
-        return next((self._codes[rank] for rank in sorted(self._codes) if self._codes[rank]), 0)
+        ill = self._ended_ill()
+        return self._endings[ill].code if ill is not None else 0
 
-    def _write_summary(self) -> None:
-        """Of a run that could not write its own, the lowest shepherd left does."""
-        assert self._fleet is not None
-        if self._place.rank != min(self._fleet.standing()) or self._rundir.summary_file.exists():
-            return
+    def _ended_ill(self) -> int | None:
+        """The first rank that failed when training was over, if one did."""
+        return next((rank for rank in sorted(self._endings) if self._endings[rank].code), None)
+
+    def _tell_of_failure(self) -> None:
+        """The lowest shepherd left says why the run failed, and sums up if the run could not."""
         deaths = sorted(self._deaths.values(), key=lambda known: known[0].at)
         reason = self._reason
+        ill = self._ended_ill()
+        if not reason and ill is not None:
+            reason = f"rank {ill} failed after the training was over: {self._endings[ill].cause}"
         if not reason and deaths:
             reason = f"all ranks failed, the last: {deaths[-1][0].cause}"
+        if self._options.verbose:
+            print(f"hpcft: the run has failed: {reason}", file=sys.stderr, flush=True)
+        if self._rundir.summary_file.exists():
+            return
         events = self._rundir.events()
         step = max((event.step for event in events), default=0)
         told = {event.detail["world"] for event in events if event.kind == "failure"}
@@ -440,8 +454,6 @@ class Shepherd:
         ]
         self._rundir.append([*failures, Event("failed", step, detail={"reason": reason})])
         self._rundir.write_summary(summarise(self._rundir.events()))
-        if self._options.verbose:
-            print(f"hpcft: the run has failed: {reason}", file=sys.stderr, flush=True)
 
     # -- looking after the rank ----------------------------------------------------------------
 
@@ -449,9 +461,13 @@ class Shepherd:
         timeout = self._options.timeout_progress
         while True:
             await asyncio.sleep(min(0.5, timeout / 8) if timeout else 0.5)
-            if self._fleet is None or self._child.stopped_by_us:
-                continue
             now = time.monotonic()
+            if self._fleet is None:
+                if self._siblings.missing(now):
+                    self._start_failed("a rank's shepherd ended while the ranks were starting")
+                continue
+            if self._child.stopped_by_us:
+                continue
             if self._jams.look(now):
                 self._fleet.announce(f"jam {self._jams.times}", self._place.rank)
                 if self._has_to_go(now):

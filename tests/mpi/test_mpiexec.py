@@ -254,6 +254,25 @@ def test_a_rank_that_dies_while_starting_ends_the_launch(tmp_path: Path, victim:
     assert not family(run.run_dir)
 
 
+def test_a_shepherd_that_dies_while_the_ranks_start_ends_the_launch(tmp_path: Path) -> None:
+    kill_at_start(tmp_path, 1, "hpcft.run", after=1.5)
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = Training(tmp_path / "run", ["--nproc", "3"], environ=environ).start()
+    assert run.process.wait(60) != 0
+    assert run.output.count("hpcft:") == 1
+    assert "shepherd ended while the ranks were starting" in run.output
+    assert not family(run.run_dir)
+
+
+def test_a_rank_killed_after_training_leaves_its_mark_on_the_exit_code(launch: Launch) -> None:
+    run = launch("--nproc", "3", program=["--suicide", "end:1"])
+    summary = run.finish(code=137)
+    # Training was over, and all of it is right; what the script does after it is not.
+    assert summary["result"] == "ok"
+    assert not summary["failures"]
+    assert "rank 1 failed after the training was over: killed by SIGKILL" in run.output
+
+
 def test_a_module_is_run_as_python_would(tmp_path: Path) -> None:
     module = tmp_path / "pack" / "train.py"
     module.parent.mkdir()

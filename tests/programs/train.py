@@ -99,6 +99,8 @@ def main() -> None:
                     break
 
     job.run(train, state)
+    if f"end:{job.rank}" in args.suicide:
+        os.kill(os.getpid(), signal.SIGKILL)
     print(f"digest {state.digest()}", flush=True)
     print(f"seen {state.seen} lr {optimizer.param_groups[0]['lr']:.8g}", flush=True)
 
