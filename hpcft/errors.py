@@ -53,3 +53,9 @@ class StateLost(HpcftError):
     """No survivor holds a complete copy of the training state."""
 
     exit_code = 3
+
+
+class FailedAtStart(HpcftError):
+    """A rank failed after the ranks had met and before they had begun to train together."""
+
+    exit_code = 3

@@ -13,7 +13,9 @@ from hpcft.errors import UsageError
 from hpcft.launch import openmpi
 from hpcft.launch.child import adopt_orphans, descendants, die_with_parent
 from hpcft.launch.options import RunOptions, check_sizes
+from hpcft.telemetry.events import Event
 from hpcft.telemetry.rundir import RunDirectory
+from hpcft.telemetry.summary import summarise
 from hpcft.world.versions import known_problem
 
 #: Seconds mpiexec has to end by itself after it was asked to.
@@ -59,7 +61,9 @@ def launch(options: RunOptions, argv: list[str]) -> int:
     environ = {**os.environ, "HPCFT_LAUNCHER": str(os.getpid())}
     if sys.stderr.isatty():
         environ["HPCFT_TERMINAL"] = "1"
-    return _supervise(command, environ)
+    code = _supervise(command, environ)
+    _tell_of_failure(RunDirectory(options.run_dir), code)
+    return code
 
 
 def create_run_directory(options: RunOptions, tasks: int) -> None:
@@ -109,6 +113,18 @@ def _supervise(command: list[str], environ: dict[str, str]) -> int:
     if asked:
         return 128 + asked[0]
     return code if code >= 0 else 128 - code
+
+
+def _tell_of_failure(rundir: RunDirectory, code: int) -> None:
+    """Sum up a run whose shepherds could not, as mpiexec was killed and they with it."""
+    events = rundir.events()
+    if not code or not events or rundir.summary_file.exists():
+        return
+    reason = f"mpiexec ended with exit code {code}, and with it all shepherds"
+    print(f"hpcft: the run has failed: {reason}", file=sys.stderr)
+    step = max(event.step for event in events)
+    rundir.append([Event("failed", step, detail={"reason": reason})])
+    rundir.write_summary(summarise(rundir.events()))
 
 
 def _clear_up() -> None:

@@ -15,8 +15,9 @@ import torch
 from mpi4py import MPI
 from torch.nn.parallel import DistributedDataParallel
 
-from hpcft.errors import HpcftError
+from hpcft.errors import FailedAtStart, HpcftError
 from hpcft.train.averaging import averaging_hook
+from hpcft.train.buckets import Buckets
 from hpcft.train.console import ProgressLine
 from hpcft.train.process_group import WorldProcessGroup, install
 from hpcft.train.sampler import ElasticBatchSampler
@@ -42,8 +43,9 @@ class Outcome(enum.Enum):
     BROKEN_OFF = enum.auto()
 
 
-#: Steps a spare tries out: the second, for DistributedDataParallel settles its buckets in it.
+#: Steps a spare tries out, and how many it tries to come to a step of every module.
 _DRY_STEPS = 2
+_MOST_DRY_STEPS = 16
 
 #: Seconds that rank 0 gets to write down how the run ended.
 _LAST_WORDS = 1.0
@@ -83,7 +85,10 @@ class Job:
         self._stepped = 0
         self._broken = False
         self._whole = True
+        #: Whether this process has the state all begin with, which is rank 0's.
+        self._begun = self._world.logical == 0
         self._dry = 0
+        self._idle: set[torch.optim.Optimizer] | None = None
         self._savepoint: Savepoint | None = None
         self._samplers: list[ElasticBatchSampler] = []
         self._shared_buffers: list[torch.Tensor] = []
@@ -94,6 +99,9 @@ class Job:
             self.group.park(self._launched_size - 1, self._launched_size)
         else:
             self.group.attach(self._world.active)
+            self.group.refuse = self._refuse
+        if session.journal:
+            session.journal.started()
         install(self.group)
 
     @property
@@ -123,8 +131,10 @@ class Job:
         ------
         TooFewRanks: fewer ranks are left than the run may go on with.
         StateLost: no survivor has a whole copy of the state.
+        FailedAtStart: a rank failed before, in the middle of the script's own collectives.
         """
         self._bind(state)
+        self.group.refuse = None
         self._warmed = not self.spare
         if self.spare and self._session.options["warm"]:
             self._warm_up(train, state)
@@ -132,6 +142,8 @@ class Job:
         while outcome is not Outcome.OVER:
             if not self._warmed:
                 self._warm_up(train, state)
+            elif not self.spare and not self._buckets.settled:
+                self._settle(train, state)
             try:
                 self._recover(state, outcome is Outcome.AGREED)
             except HpcftError:
@@ -160,6 +172,7 @@ class Job:
                     # too late if rank 0 dies before.
                     module.broadcast_buffers = False
                     self._shared_buffers += list(module.buffers())
+        self._buckets = Buckets(state.modules())
         for optimizer in state.optimizers():
             optimizer.register_step_pre_hook(self._before_step)
             optimizer.register_step_post_hook(self._after_step)
@@ -214,8 +227,15 @@ class Job:
             raise self.group.failure
         return self.group.failure is not None or self._world.broken()
 
-    def _before_step(self, *_: object) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if self._dry:
+            return
+        if self._idle is not None:
+            self._idle.discard(optimizer)
+            if not self._idle:
+                raise _DryRunOver
+            # Without gradients it changes nothing.
+            optimizer.zero_grad(set_to_none=True)
             return
         if self._stepped == 0 and self._shared_buffers:
             self._share_buffers()
@@ -242,9 +262,13 @@ class Job:
         self._stepped += 1
 
     def _commit(self, state: State, metrics: dict[str, float]) -> None:
+        if self._idle is not None:
+            raise _DryRunOver
         if self._dry:
+            self._buckets.settle()
             self._dry -= 1
-            if not self._dry:
+            enough = self._dry <= _MOST_DRY_STEPS - _DRY_STEPS and self._buckets.settled
+            if enough or not self._dry:
                 raise _DryRunOver
             return
         state.__dict__["step"] += 1
@@ -261,6 +285,8 @@ class Job:
             self._say(self._session.journal.stepped(state.step))
         if self._line and self._world.logical == 0:
             self._line.step(state.step, self.size, metrics)
+        if not self._buckets.settled:
+            self._buckets.settle()
         if self._failed():
             raise StepInterrupted
         self._begin_step(state)
@@ -309,12 +335,11 @@ class Job:
         self._place(state)
         assert self._savepoint is not None
         self._savepoint.renew()
-        if self._session.journal:
-            self._session.journal.started()
+        self._begun = True
 
     def _warm_up(self, train: Callable[[State], None], state: State) -> None:
         """Run a few steps for nobody, so that all that is made on first use is made."""
-        self._dry = _DRY_STEPS
+        self._dry = _MOST_DRY_STEPS
         try:
             train(state)
         except _DryRunOver:
@@ -325,7 +350,40 @@ class Job:
         self._dry = 0
         self._warmed = True
 
+    def _settle(self, train: Callable[[State], None], state: State) -> None:
+        """Begin a step for nobody, as a failure came before this rank had completed a first one."""
+        self.group.failure = self.group.failure or MPI.Exception(MPI.ERR_REVOKED)
+        self._idle = set(state.optimizers())
+        try:
+            train(state)
+        except _DryRunOver:
+            pass
+        except Exception:
+            print("hpcft: a dry step of a survivor failed:", file=sys.stderr)
+            traceback.print_exc()
+        self._idle = None
+        self._buckets.settle()
+
     # -- failures ------------------------------------------------------------------------------
+
+    def _refuse(self) -> None:
+        """Give up on a failure before :meth:`run`.
+
+        What the script's collectives have given it so far may already differ between the ranks,
+        and a spare, which parks with collectives of its own, has none of it.
+        """
+        if self._world.link is None:
+            return
+        self._world.link.news.wait(_LAST_WORDS)
+        dead = [
+            f"rank {logical} ({failure.cause or 'cause unknown'})"
+            for world, failure in sorted(self._world.link.failures.items())
+            if (logical := self._world.membership.logical(world)) is not None
+        ]
+        raise FailedAtStart(
+            f"{', '.join(dead) or 'a rank'} failed before job.run, while the script was setting up",
+            "start the run again: no step of it is lost",
+        )
 
     def _recover(self, state: State, agreed: bool) -> None:
         was_spare = self.spare
@@ -336,7 +394,7 @@ class Job:
             self._savepoint.restore()
         report = Report(
             world.world,
-            -1 if was_spare else state.step,
+            state.step if self._begun else -1,
             whole=self._whole,
             broken=self._broken or state.sharded(),
         )
@@ -357,7 +415,7 @@ class Job:
             self.group.attach(world.active)
             if self._on_shrink == "scale-lr" and self.size != before:
                 _scale_learning_rate(state, self.size / before)
-            self._whole = True
+            self._whole = self._begun = True
             self._place(state)
             self._savepoint = Savepoint(state)
         link.send("role", logical=world.logical, active=world.membership.active)

@@ -186,6 +186,7 @@ class WorldProcessGroup(dist.ProcessGroup):
     Attributes
     ----------
     failure: the first MPI error since the last :meth:`attach`, None while all is well.
+    refuse: called when a failure is met, until a script is past what it cannot take back.
     """
 
     def __init__(self, rank: int, size: int, progress: Progress) -> None:
@@ -197,6 +198,7 @@ class WorldProcessGroup(dist.ProcessGroup):
         self._comm: MPI.Intracomm | None = None
         self._subgroups: list[tuple[WorldProcessGroup, tuple[int, ...]]] = []
         self.failure: BaseException | None = None
+        self.refuse: Callable[[], None] | None = None
 
     # -- what the job does with it -------------------------------------------------------------
 
@@ -270,6 +272,8 @@ class WorldProcessGroup(dist.ProcessGroup):
     ) -> None:
         """Make an MPI call, recording its failure; do ``local`` instead when parked or broken."""
         if self._comm is None or self.failure is not None:
+            if self.failure is not None and self.refuse:
+                self.refuse()
             local()
             return
         with self.calling():
@@ -290,6 +294,8 @@ class WorldProcessGroup(dist.ProcessGroup):
             self.failure = error
         finally:
             self._progress.leave()
+        if self.failure is not None and self.refuse:
+            self.refuse()
 
     def _reduced(self, tensors: Sequence[torch.Tensor], op: Any) -> None:
         if op == dist.ReduceOp.AVG and self._comm is not None and self.failure is None:

@@ -86,7 +86,7 @@ class Report:
     """What a process says about itself when a recovery begins.
 
     world: its world rank.
-    step: steps completed; -1 for a spare.
+    step: steps completed; -1 without a state, like a spare.
     whole: its state can be handed to others as it is.
     broken: it has been hit in the middle of a step, and what it holds is no state at all.
     """
@@ -147,6 +147,12 @@ def plan_transfer(membership: Membership, reports: Mapping[int, Report]) -> Tran
     StateLost: nobody in the membership has a state.
     """
     holders = [w for w in membership.active if reports[w].step >= 0 and not reports[w].broken]
+    newest = max(reports[w].step for w in membership.active)
+    if newest < 0:
+        raise StateLost(
+            "rank 0 failed before it had handed out the state to begin with",
+            "start the run again: no step of it is lost",
+        )
     if not holders:
         raise StateLost(
             "no survivor holds a whole copy of the training state",
@@ -161,7 +167,6 @@ def plan_transfer(membership: Membership, reports: Mapping[int, Report]) -> Tran
         # Before the first step even survivors may hold different things.
         and (step == 0 or reports[w].step != step or not reports[w].whole or reports[w].broken)
     )
-    newest = max(reports[w].step for w in membership.active)
     return Transfer(membership.active.index(best), receivers, step, newest)
 
 

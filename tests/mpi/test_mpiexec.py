@@ -264,6 +264,25 @@ def test_a_shepherd_that_dies_while_the_ranks_start_ends_the_launch(tmp_path: Pa
     assert not family(run.run_dir)
 
 
+def test_a_failure_among_the_scripts_own_collectives_ends_the_run(launch: Launch) -> None:
+    run = launch("--nproc", "3", "--spares", "1", program=["--suicide", "wrapping:1"])
+    summary = run.finish(code=3)
+    assert "rank 1 (killed by SIGKILL) failed before job.run" in summary["reason"]
+    assert [f["ranks"] for f in summary["failures"]] == [[1]]
+
+
+@pytest.mark.parametrize("when", ["run:1", "0:0", "0:2", "1:0", "1:1"])
+def test_a_failure_as_training_begins(launch: Launch, undisturbed: str, when: str) -> None:
+    run = launch("--nproc", "3", "--spares", "1", program=["--suicide", when])
+    assert run.finish()["params_sha256"] == undisturbed
+
+
+def test_what_all_begin_with_is_for_rank_0_to_say(launch: Launch) -> None:
+    # It may have read it from a file, and nobody else has.
+    run = launch("--nproc", "3", "--spares", "1", program=["--suicide", "run:0"])
+    assert "before it had handed out the state" in run.finish(code=3)["reason"]
+
+
 def test_a_rank_killed_after_training_leaves_its_mark_on_the_exit_code(launch: Launch) -> None:
     run = launch("--nproc", "3", program=["--suicide", "end:1"])
     summary = run.finish(code=137)
@@ -294,6 +313,18 @@ def test_whatever_ends_the_launcher_nothing_is_left(launch: Launch, number: int)
     code = run.process.wait(20)
     assert code == (-9 if number == signal.SIGKILL else 128 + number)
     wait_for("all processes to end", lambda: not family(run.run_dir), 20)
+
+
+def test_if_mpiexec_is_killed_that_is_said_and_nothing_is_left(launch: Launch) -> None:
+    run = launch("--nproc", "2", program=["--steps", "100000"])
+    run.wait_for_step(5)
+    shepherd = psutil.Process(run.entry(0)["pid"]).parent()
+    os.kill(shepherd.ppid(), signal.SIGKILL)
+    summary = run.finish(code=137)
+    assert summary["result"] == "failed"
+    assert "mpiexec ended with exit code 137" in summary["reason"]
+    assert summary["reason"] in run.output
+    assert not family(run.run_dir)
 
 
 def test_spares_are_not_needed_and_leave(launch: Launch, undisturbed: str) -> None:

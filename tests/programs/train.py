@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--raise-at", type=int, default=-1, help="every rank 1 raises in this step")
     parser.add_argument("--deadlock-at", type=int, default=-1, help="rank 1 deadlocks, once")
     parser.add_argument("--lag-at", type=int, default=-1, help="rank 2 dies as rank 1 lags behind")
-    parser.add_argument("--suicide", action="append", default=[], metavar="STEP:RANK")
+    parser.add_argument("--suicide", action="append", default=[], metavar="WHEN:RANK")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -46,6 +46,14 @@ def main() -> None:
         nn.Dropout(0.2),
         nn.Linear(args.width, 4),
     )
+    original = int(os.environ.get("PMIX_RANK", 0))
+
+    def die(moment: str) -> None:
+        # By process, not by role: who has been adopted is not harmed again.
+        if not job.spare and original == job.rank and f"{moment}:{job.rank}" in args.suicide:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    die("wrapping")
     model = DistributedDataParallel(net)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10, 0.9)
@@ -54,15 +62,10 @@ def main() -> None:
     state = hpcft.State(
         model=model, optimizer=optimizer, scheduler=scheduler, sampler=sampler, seen=0
     )
-    original = int(os.environ.get("PMIX_RANK", 0))
 
     def harm() -> None:
-        # By process, not by role: who has been adopted is not harmed again.
-        if job.spare or original != job.rank:
-            return
-        if f"{state.step}:{job.rank}" in args.suicide:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if state.step == args.deadlock_at and job.rank == 1:
+        die(str(state.step))
+        if state.step == args.deadlock_at and original == job.rank == 1 and not job.spare:
             lock = threading.Lock()
             lock.acquire()
             lock.acquire()
@@ -98,9 +101,9 @@ def main() -> None:
                 if state.step >= args.steps:
                     break
 
+    die("run")
     job.run(train, state)
-    if f"end:{job.rank}" in args.suicide:
-        os.kill(os.getpid(), signal.SIGKILL)
+    die("end")
     print(f"digest {state.digest()}", flush=True)
     print(f"seen {state.seen} lr {optimizer.param_groups[0]['lr']:.8g}", flush=True)
 
