@@ -43,6 +43,20 @@ def children(parent: int) -> list[int]:
     return _families().get(parent, [])
 
 
+def exit_status(pid: int) -> int | None:
+    """What ``waitpid`` will say of a process that has ended and that its parent has not taken in.
+
+    Returns
+    -------
+    The status; None for a process that is running, or gone.
+    """
+    with contextlib.suppress(OSError):
+        fields = _stat(pid)
+        if fields[0] == "Z":
+            return int(fields[49])
+    return None
+
+
 def _families() -> dict[int, list[int]]:
     """The children of every process that has some."""
     families: dict[int, list[int]] = {}

@@ -11,7 +11,13 @@ from types import FrameType
 
 from hpcft.errors import UsageError
 from hpcft.launch import openmpi
-from hpcft.launch.child import adopt_orphans, descendants, die_with_parent
+from hpcft.launch.child import (
+    adopt_orphans,
+    children,
+    descendants,
+    die_with_parent,
+    exit_status,
+)
 from hpcft.launch.options import RunOptions, check_sizes
 from hpcft.telemetry.events import Event
 from hpcft.telemetry.rundir import RunDirectory
@@ -62,7 +68,10 @@ def launch(options: RunOptions, argv: list[str]) -> int:
     if sys.stderr.isatty():
         environ["HPCFT_TERMINAL"] = "1"
     code = _supervise(command, environ)
-    _tell_of_failure(RunDirectory(options.run_dir), code)
+    rundir = RunDirectory(options.run_dir)
+    _tell_of_failure(rundir, code)
+    if not code and rundir.failed():
+        return 3
     return code
 
 
@@ -100,19 +109,51 @@ def _supervise(command: list[str], environ: dict[str, str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, ask)
     deadline: float | None = None
+    tasks = _Tasks(process.pid)
     while True:
         try:
             code = process.wait(0.1 if deadline is None and not asked else 0.5)
             break
         except subprocess.TimeoutExpired:
-            if asked and deadline is None:
+            if (asked or tasks.over(time.monotonic())) and deadline is None:
                 deadline = time.monotonic() + _PATIENCE
             if deadline and time.monotonic() > deadline:
                 process.kill()
     _clear_up()
     if asked:
         return 128 + asked[0]
+    if code < 0 and deadline:
+        return tasks.code
     return code if code >= 0 else 128 - code
+
+
+class _Tasks:
+    """What mpiexec has started, for it has been seen to lock itself out as the last of them ended.
+
+    (Open MPI 5.0.9: prterun's main thread waits for a mutex for ever, two tasks not taken in.)
+
+    Attributes
+    ----------
+    code: the highest exit code of those seen to have ended.
+    """
+
+    def __init__(self, mpiexec: int) -> None:
+        self._mpiexec = mpiexec
+        self._seen = False
+        self._next_look = 0.0
+        self.code = 0
+
+    def over(self, now: float) -> bool:
+        """Whether there were some, and all have ended. Looks every two seconds."""
+        if now < self._next_look:
+            return False
+        self._next_look = now + 2
+        statuses = [exit_status(pid) for pid in children(self._mpiexec)]
+        ended = [status for status in statuses if status is not None]
+        codes = [os.waitstatus_to_exitcode(status) for status in ended]
+        self.code = max(self.code, *(code if code >= 0 else 128 - code for code in codes), 0)
+        self._seen = self._seen or len(ended) < len(statuses)
+        return self._seen and len(ended) == len(statuses)
 
 
 def _tell_of_failure(rundir: RunDirectory, code: int) -> None:

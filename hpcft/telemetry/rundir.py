@@ -76,6 +76,13 @@ class RunDirectory:
             return []
         return entries
 
+    def failed(self) -> bool:
+        """Whether there is a summary, and of a run that has failed."""
+        try:
+            return bool(json.loads(self.summary_file.read_text())["result"] == "failed")
+        except FileNotFoundError:
+            return False
+
     def write_ranks(self, table: dict[str, Any]) -> None:
         """Replace ``ranks.json``."""
         _replace(self.ranks_file, table)

@@ -148,15 +148,11 @@ def plan_transfer(membership: Membership, reports: Mapping[int, Report]) -> Tran
     """
     holders = [w for w in membership.active if reports[w].step >= 0 and not reports[w].broken]
     newest = max(reports[w].step for w in membership.active)
-    if newest < 0:
-        raise StateLost(
-            "rank 0 failed before it had handed out the state to begin with",
-            "start the run again: no step of it is lost",
-        )
     if not holders:
         raise StateLost(
-            "no survivor holds a whole copy of the training state",
-            "more ranks, or spares, would have kept one; start again from the last checkpoint",
+            "no survivor holds a whole copy of the training state: all ranks that did have failed "
+            "(when training begins that is rank 0 alone)",
+            "start again, from the last checkpoint if there is one",
         )
     best = max(holders, key=lambda w: (reports[w].whole, reports[w].step, -w))
     step = reports[best].step

@@ -280,7 +280,7 @@ def test_a_failure_as_training_begins(launch: Launch, undisturbed: str, when: st
 def test_what_all_begin_with_is_for_rank_0_to_say(launch: Launch) -> None:
     # It may have read it from a file, and nobody else has.
     run = launch("--nproc", "3", "--spares", "1", program=["--suicide", "run:0"])
-    assert "before it had handed out the state" in run.finish(code=3)["reason"]
+    assert "no survivor holds a whole copy" in run.finish(code=3)["reason"]
 
 
 def test_a_rank_killed_after_training_leaves_its_mark_on_the_exit_code(launch: Launch) -> None:
@@ -324,6 +324,20 @@ def test_if_mpiexec_is_killed_that_is_said_and_nothing_is_left(launch: Launch) -
     assert summary["result"] == "failed"
     assert "mpiexec ended with exit code 137" in summary["reason"]
     assert summary["reason"] in run.output
+    assert not family(run.run_dir)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_mpiexec_that_does_not_end_is_ended(launch: Launch, fails: bool) -> None:
+    run = launch("--nproc", "2", "--on-failure", "substitute")
+    run.wait_for_step(20)
+    shepherd = psutil.Process(run.entry(0)["pid"]).parent()
+    # It has been seen to lock itself out while it took in the last tasks.
+    os.kill(shepherd.ppid(), signal.SIGSTOP)
+    if fails:
+        run.send(1)
+    summary = run.finish(code=3 if fails else 0)
+    assert summary["result"] == ("failed" if fails else "ok")
     assert not family(run.run_dir)
 
 
