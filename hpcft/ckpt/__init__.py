@@ -1,0 +1,1 @@
+"""Checkpoints: asynchronous, in standard HDF5, committed or absent."""
