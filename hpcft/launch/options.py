@@ -32,6 +32,10 @@ and logs/.
 """
 
 
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+_SIZES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """What the user asked for; see :func:`parse` for the meaning of each."""
@@ -48,6 +52,28 @@ class RunOptions:
     verbose: int
     warm: bool
     digest: bool
+    checkpoints: CheckpointOptions | None
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Where checkpoints go, and how often.
+
+    directory: None without checkpoints.
+    every: steps, or seconds if ``timed``, between them.
+    keep: how many of the newest to keep.
+    memory: bytes of staging memory a rank.
+    bandwidth: bytes a second a rank writes at most; 0 is no limit.
+    overlap: copy the state while the next step computes.
+    """
+
+    directory: str
+    every: float
+    timed: bool
+    keep: int
+    memory: int
+    bandwidth: int
+    overlap: bool
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,6 +131,40 @@ def _parser() -> argparse.ArgumentParser:
         help="a rank that neither completes a step, nor waits for others, nor uses the processor "
         "for so long is stuck: its stacks go to its log and it is replaced; 0 means never "
         "(default 300)",
+    )
+    add(
+        "--ckpt-dir",
+        type=Path,
+        metavar="DIR",
+        help="save checkpoints here, the same path on all nodes, and start from the newest one if "
+        "there is one (default: none are saved)",
+    )
+    add(
+        "--ckpt-every",
+        default="10m",
+        metavar="TIME|STEPS",
+        help="between checkpoints: 30s, 10m, 1h, or a number of steps (default 10m)",
+    )
+    add("--ckpt-keep", type=int, default=3, metavar="K", help="keep the newest K (default 3)")
+    add(
+        "--ckpt-memory",
+        default="1G",
+        metavar="SIZE",
+        help="staging memory of each rank, such as 512M; training waits for the disk only if the "
+        "rank's share of the state is larger (default 1G)",
+    )
+    add(
+        "--ckpt-bandwidth",
+        default="0",
+        metavar="SIZE",
+        help="let each rank write at most so much a second, such as 200M (default 0: no limit)",
+    )
+    add(
+        "--no-ckpt-overlap",
+        dest="ckpt_overlap",
+        action="store_false",
+        help="copy the state before the next step begins, and not during it: for scripts that "
+        "change parameters outside optimizer.step()",
     )
     add(
         "--verbose",
@@ -186,7 +246,57 @@ def parse(argv: list[str]) -> RunOptions:
         verbose=given.verbose,
         warm=given.warm,
         digest=given.digest,
+        checkpoints=_checkpoints(given),
     )
+
+
+def _checkpoints(given: argparse.Namespace) -> CheckpointOptions | None:
+    if given.ckpt_dir is None:
+        return None
+    every, timed = _interval(given.ckpt_every)
+    memory = _size("--ckpt-memory", given.ckpt_memory)
+    if memory < 16 << 20:
+        raise UsageError(f"--ckpt-memory {given.ckpt_memory} is too little", "give 16M or more")
+    if given.ckpt_keep < 1:
+        raise UsageError(f"--ckpt-keep {given.ckpt_keep} would keep none", "give 1 or more")
+    return CheckpointOptions(
+        str(given.ckpt_dir.absolute()),
+        every,
+        timed,
+        given.ckpt_keep,
+        memory,
+        _size("--ckpt-bandwidth", given.ckpt_bandwidth),
+        given.ckpt_overlap,
+    )
+
+
+def _interval(text: str) -> tuple[float, bool]:
+    """``30s`` as (30.0, True), ``100`` as (100.0, False)."""
+    timed = text[-1:] in _UNITS
+    try:
+        number = float(text[:-1]) * _UNITS[text[-1]] if timed else float(int(text))
+    except ValueError:
+        number = 0.0
+    # So written that nan is refused as well.
+    if not 0 < number < float("inf"):
+        raise UsageError(
+            f"--ckpt-every {text!r} is neither a time nor a number of steps",
+            "give something like 30s, 10m, 1h or 100",
+        )
+    return number, timed
+
+
+def _size(option: str, text: str) -> int:
+    """``512M`` in bytes."""
+    digits = text.removesuffix("B").removesuffix("i")
+    factor = _SIZES.get(digits[-1:].upper(), 1)
+    try:
+        size = int(float(digits[:-1] if factor > 1 else digits) * factor)
+    except (ValueError, OverflowError):
+        size = -1
+    if size < 0:
+        raise UsageError(f"{option} {text!r} is no size", "give bytes, or something like 512M, 2G")
+    return size
 
 
 def _check_target(script: str, module: bool) -> None:

@@ -157,6 +157,7 @@ class Shepherd:
                     "verbose": options.verbose,
                     "warm": options.warm,
                     "digest": options.digest,
+                    "checkpoints": options.checkpoints and asdict(options.checkpoints),
                     "terminal": sys.stderr.isatty() or bool(os.environ.get("HPCFT_TERMINAL")),
                 }
             ),

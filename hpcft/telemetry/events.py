@@ -17,7 +17,9 @@ class Event:
     """Something that happened to the run.
 
     kind: ``start``, ``failure``, ``detection``, ``adoption``, ``shrink``, ``resume``,
-        ``recovered`` (the first step after a resume is done), ``finish`` or ``failed``.
+        ``recovered`` (the first step after a resume is done), ``finish`` or ``failed``; of
+        checkpoints ``checkpoint`` (one is committed), ``save failed``, ``save skipped``,
+        ``restore``, ``damaged`` (one could not be restored).
     step: number of steps completed when it happened.
     ranks: the logical ranks concerned.
     epoch: the membership's epoch, so that nothing of a former world is taken for the present.

@@ -53,6 +53,8 @@ def summarise(events: list[Event]) -> dict[str, Any]:
         "reason": end.detail.get("reason", "") if end else "the run was ended from outside",
         "steps": end.step if end else max((e.step for e in events), default=0),
         "world": world,
+        "restored_step": next((e.step for e in events if e.kind == "restore"), None),
+        "checkpoints": [e.step for e in events if e.kind == "checkpoint"],
         "failures": failures,
         "params_sha256": end.detail.get("params_sha256") if end else None,
         "seconds": round(end.time - start.time, 3) if start and end else None,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import random
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 import numpy
 import torch
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hpcft.errors import FailedAtStart, HpcftError
 from hpcft.train.averaging import averaging_hook
 from hpcft.train.buckets import Buckets
+from hpcft.train.checkpoints import Checkpoints, Plan
 from hpcft.train.console import ProgressLine
 from hpcft.train.process_group import WorldProcessGroup, install
 from hpcft.train.sampler import ElasticBatchSampler
@@ -102,6 +104,8 @@ class Job:
             self.group.refuse = self._refuse
         if session.journal:
             session.journal.started()
+        wanted = options["checkpoints"]
+        self._checkpoints = Checkpoints(Plan.of(wanted), self._report) if wanted else None
         install(self.group)
 
     @property
@@ -240,6 +244,8 @@ class Job:
         if self._stepped == 0 and self._shared_buffers:
             self._share_buffers()
         if not self._failed():
+            if self._checkpoints:
+                self._checkpoints.before_update()
             return
         if self._stepped == 0:
             raise StepInterrupted
@@ -289,6 +295,9 @@ class Job:
             self._buckets.settle()
         if self._failed():
             raise StepInterrupted
+        if self._checkpoints:
+            with self._waiting():
+                self._checkpoints.edge(state)
         self._begin_step(state)
 
     # -- between failures ----------------------------------------------------------------------
@@ -302,6 +311,9 @@ class Job:
             if self._world.membership.epoch == 0:
                 self._start(state)
             train(state)
+            if self._checkpoints:
+                with self._waiting():
+                    self._checkpoints.finish(state)
         except StepInterrupted:
             return Outcome.BROKEN_OFF
         except MPI.Exception:
@@ -320,8 +332,9 @@ class Job:
         """Have all ranks begin with the state of rank 0."""
         assert self._world.active is not None
         comm = self._world.active
-        self._world.progress.enter()
-        try:
+        if self._checkpoints and comm.rank == 0:
+            self._checkpoints.restore(state)
+        with self._waiting():
             if comm.size > 1 and not state.sharded():
                 everybody = Transfer(0, tuple(range(1, comm.size)), 0, 0)
                 if comm.rank == 0:
@@ -330,12 +343,29 @@ class Job:
                     arrival = Arrival(state, in_place=True)
                     arrival.receive(comm, everybody)
                     arrival.install()
-        finally:
-            self._world.progress.leave()
+        if self._checkpoints:
+            self._checkpoints.check(state)
+            self._checkpoints.attach(comm, state)
         self._place(state)
         assert self._savepoint is not None
         self._savepoint.renew()
         self._begun = True
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Around what may wait for other ranks, for the watchdog to know."""
+        self._world.progress.enter()
+        try:
+            yield
+        finally:
+            self._world.progress.leave()
+
+    def _report(self, kind: str, step: int, detail: dict[str, Any]) -> None:
+        """Write down, and in rank 0 say, what has become of a checkpoint."""
+        if self._session.journal:
+            self._session.journal.note(kind, step, detail)
+        if self._line and (said := _checkpoint_in_words(kind, step, detail)):
+            self._line.say(said)
 
     def _warm_up(self, train: Callable[[State], None], state: State) -> None:
         """Run a few steps for nobody, so that all that is made on first use is made."""
@@ -390,6 +420,8 @@ class Job:
         world, link = self._world, self._world.link
         assert link is not None
         assert self._savepoint is not None
+        if self._checkpoints:
+            self._checkpoints.drop()
         if not was_spare and not self._broken:
             self._savepoint.restore()
         report = Report(
@@ -418,6 +450,8 @@ class Job:
             self._whole = self._begun = True
             self._place(state)
             self._savepoint = Savepoint(state)
+            if self._checkpoints:
+                self._checkpoints.attach(world.active, state)
         link.send("role", logical=world.logical, active=world.membership.active)
         if self._session.journal:
             self._session.journal.recovered(recovery)
@@ -458,6 +492,16 @@ class Job:
             self._say(self._session.journal.tell(patience=0))
             wanted = self._session.options["digest"] and self._world.logical == 0
             self._session.journal.finished(state.step, state.digest() if wanted else None)
+
+
+def _checkpoint_in_words(kind: str, step: int, detail: Mapping[str, Any]) -> str:
+    if kind == "restore":
+        return f"hpcft: going on from step {step}, restored from {detail['path']}"
+    if kind == "damaged":
+        return f"hpcft: the checkpoint of step {step} is no good: {detail['why']}"
+    if kind == "save failed":
+        return f"hpcft: {detail['why']}; training goes on without it"
+    return ""
 
 
 def _scale_learning_rate(state: State, factor: float) -> None:

@@ -7,8 +7,9 @@ import hashlib
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import numpy
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
@@ -73,7 +74,7 @@ class State:
         set_("step", 0)
         set_("_commit", None)
         for name, part in parts.items():
-            if hasattr(type(self), name) or name in ("parts", "values", "step"):
+            if hasattr(type(self), name) or name in ("parts", "values", "step", "hpcft"):
                 raise HpcftError(f"a state cannot have a part called {name!r}", "choose another")
             if hasattr(part, "state_dict") and hasattr(part, "load_state_dict"):
                 self.parts[name] = part
@@ -165,6 +166,53 @@ class State:
             elif not (isinstance(part, torch.nn.Module) and _same(part.state_dict(), content)):
                 part.load_state_dict(content)
 
+    def to_tree(self, frozen: bool) -> dict[str, Any]:
+        """The state as a checkpoint holds it: plain data and tensors, by part.
+
+        Modules wrapped by DistributedDataParallel count as what they wrap.
+
+        Parameters
+        ----------
+        frozen: copy what may change before the next ``optimizer.step()`` (buffers, values), so
+            that the rest may be read until then.
+        """
+        content: dict[str, Any] = {"values": self.values}
+        for name, part in self.parts.items():
+            content[name] = _bare(part).state_dict()
+        if not frozen:
+            return content
+        lasting = {
+            tensor.data_ptr() for module in self.modules() for tensor in module.parameters()
+        } | {
+            leaf.data_ptr()
+            for optimizer in self.optimizers()
+            for leaf in pytree.tree_leaves(optimizer.state_dict()["state"])
+            if isinstance(leaf, torch.Tensor)
+        }
+
+        def freeze(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor):
+                return leaf if leaf.data_ptr() in lasting else leaf.clone()
+            return leaf.copy() if isinstance(leaf, numpy.ndarray) else leaf
+
+        return cast("dict[str, Any]", pytree.tree_map(freeze, content))
+
+    def from_tree(self, step: int, content: dict[str, Any]) -> None:
+        """Take over what :meth:`to_tree` gave.
+
+        Raises
+        ------
+        KeyError, ValueError, RuntimeError, TypeError: it is of another training.
+        """
+        if content.keys() - {"values"} != self.parts.keys():
+            theirs, ours = sorted(content.keys() - {"values"}), sorted(self.parts)
+            raise ValueError(f"it holds {', '.join(theirs)}, and not {', '.join(ours)}")
+        for name, part in self.parts.items():
+            _bare(part).load_state_dict(content[name])
+        self.values.clear()
+        self.values.update(content["values"])
+        self.step = step
+
     def digest(self) -> str:
         """SHA-256 over names, types, shapes and bytes of all tensors of the tracked modules.
 
@@ -173,8 +221,7 @@ class State:
         sha = hashlib.sha256()
         for name, part in sorted(self.parts.items()):
             if isinstance(part, torch.nn.Module):
-                inner = part.module if isinstance(part, DistributedDataParallel) else part
-                for key, value in sorted(inner.state_dict().items()):
+                for key, value in sorted(_bare(part).state_dict().items()):
                     if isinstance(value, torch.Tensor):
                         sha.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}\n".encode())
                         data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -192,6 +239,11 @@ class State:
             for module in self.modules()
             for parameter in module.parameters()
         )
+
+
+def _bare(part: Any) -> Any:
+    """A part without the wrapper of DistributedDataParallel."""
+    return part.module if isinstance(part, DistributedDataParallel) else part
 
 
 def _same(live_tree: Any, new_tree: Any) -> bool:

@@ -103,6 +103,10 @@ class Journal:
         self._untold.clear()
         return told
 
+    def note(self, kind: str, step: int, detail: dict[str, Any]) -> None:
+        """Write down an event of a checkpoint; from any thread."""
+        self._rundir.append([Event(kind, step, (), self._world.membership.epoch, detail=detail)])
+
     def finished(self, step: int, digest: str | None) -> None:
         """All ranks have agreed that training is over, and all is told."""
         if self._writes:

@@ -24,7 +24,7 @@ from hpcft.world.recovery import World
 class Session:
     """Everything a training job needs to know of the world it runs in.
 
-    options: what the launcher was told: verbose, warm, digest, terminal.
+    options: what the launcher was told: verbose, warm, digest, terminal, checkpoints.
     """
 
     world: World
@@ -47,7 +47,8 @@ def _without_shepherd() -> Session:
     comm = MPI.COMM_WORLD
     hosts = dict(enumerate(comm.allgather(socket.gethostname())))
     world = World(comm, None, hosts, 0, Policy(substitute=False, shrink=False))
-    return Session(world, None, {"verbose": 1, "warm": False, "digest": False, "terminal": False})
+    options = {"verbose": 1, "warm": False, "digest": False, "terminal": False}
+    return Session(world, None, options | {"checkpoints": None})
 
 
 def meet(link: Link) -> None:

@@ -20,17 +20,6 @@ Launch = Callable[..., Training]
 pytestmark = pytest.mark.mpi
 
 
-@pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Digest of the parameters after 60 steps on 3 ranks to which nothing happens."""
-    place = tmp_path_factory.mktemp("undisturbed")
-    summary = Training(place / "run", ["--nproc", "3"]).start().finish()
-    assert summary["failures"] == []
-    assert summary["steps"] == 60
-    digest: str = summary["params_sha256"]
-    return digest
-
-
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_a_killed_rank_is_replaced_and_nothing_changes(
     launch: Launch, undisturbed: str, victim: int

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcft.errors import UsageError
-from hpcft.launch.options import RunOptions, check_sizes, parse
+from hpcft.launch.options import CheckpointOptions, RunOptions, check_sizes, parse
 
 #: Any file will do as a script: it is not run.
 SCRIPT = str(Path(__file__))
@@ -32,6 +32,7 @@ def test_without_options_one_rank_per_task_trains_and_nothing_is_parked() -> Non
         verbose=1,
         warm=True,
         digest=True,
+        checkpoints=None,
     )
 
 
@@ -56,7 +57,29 @@ def test_each_option_is_taken() -> None:
         verbose=3,
         warm=False,
         digest=False,
+        checkpoints=None,
     )
+
+
+def test_checkpoints_are_taken() -> None:
+    few = parse(["--ckpt-dir", "/ck", SCRIPT]).checkpoints
+    assert few == CheckpointOptions("/ck", 600.0, True, 3, 1 << 30, 0, True)
+    many = [
+        *("--ckpt-dir", "ck", "--ckpt-every", "100", "--ckpt-keep", "5", "--ckpt-memory", "1.5GiB"),
+        *("--ckpt-bandwidth", "200M", "--no-ckpt-overlap", SCRIPT),
+    ]
+    directory = str(Path("ck").absolute())
+    expected = CheckpointOptions(directory, 100.0, False, 5, 3 << 29, 200 << 20, False)
+    assert parse(many).checkpoints == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("30s", 30.0), ("1.5m", 90.0), ("2h", 7200.0), ("0.1s", 0.1)]
+)
+def test_times_have_units(text: str, seconds: float) -> None:
+    options = parse(["--ckpt-dir", "ck", "--ckpt-every", text, SCRIPT]).checkpoints
+    assert options is not None
+    assert (options.every, options.timed) == (seconds, True)
 
 
 def test_ways_may_be_written_with_spaces() -> None:
@@ -124,6 +147,16 @@ def test_whatever_follows_the_script_is_kept_as_it_is(args: list[str]) -> None:
         (["--timeout-detect", "nan", SCRIPT], "--timeout-detect nan ", "0.1 or more"),
         (["--timeout-progress", "nan", SCRIPT], "--timeout-progress ", "give 0 "),
         (["-m", "__main__"], "no module __main__", "PYTHONPATH"),
+        (["--ckpt-dir", "d", "--ckpt-every", "0", SCRIPT], "--ckpt-every '0' ", "30s"),
+        (["--ckpt-dir", "d", "--ckpt-every", "x", SCRIPT], "--ckpt-every 'x' ", "30s"),
+        (["--ckpt-dir", "d", "--ckpt-every", "2.5", SCRIPT], "--ckpt-every '2.5' ", "30s"),
+        (["--ckpt-dir", "d", "--ckpt-every", "nans", SCRIPT], "--ckpt-every 'nans' ", "30s"),
+        (["--ckpt-dir", "d", "--ckpt-every", "", SCRIPT], "--ckpt-every '' ", "30s"),
+        (["--ckpt-dir", "d", "--ckpt-keep", "0", SCRIPT], "--ckpt-keep 0 ", "1 or more"),
+        (["--ckpt-dir", "d", "--ckpt-memory", "1M", SCRIPT], "--ckpt-memory 1M ", "16M or more"),
+        (["--ckpt-dir", "d", "--ckpt-memory", "much", SCRIPT], "--ckpt-memory 'much' ", "512M"),
+        (["--ckpt-dir", "d", "--ckpt-bandwidth", "-1", SCRIPT], "'-1' is no size", "512M"),
+        (["--ckpt-dir", "d", "--ckpt-bandwidth", "inf", SCRIPT], "'inf' is no size", "512M"),
     ],
 )
 def test_nonsense_is_named_and_remedied(argv: list[str], names: str, remedy: str) -> None:

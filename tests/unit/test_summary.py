@@ -51,10 +51,26 @@ def test_a_run_without_failures_is_told_in_full() -> None:
         "reason": "",
         "steps": 500,
         "world": {"initial": 3, "final": 3, "spares_left": 2},
+        "restored_step": None,
+        "checkpoints": [],
         "failures": [],
         "params_sha256": "abc",
         "seconds": 60.123,
     }
+
+
+def test_checkpoints_are_told() -> None:
+    told = summarise(
+        [
+            START,
+            Event("damaged", 90, (), 0, 1001.0, {"why": "bits"}),
+            Event("restore", 80, (), 0, 1002.0, {"path": "/c"}),
+            Event("checkpoint", 100, (), 0, 1003.0, {"path": "/d", "seconds": 0.1}),
+            finish(500),
+        ]
+    )
+    assert told["restored_step"] == 80
+    assert told["checkpoints"] == [100]
 
 
 def test_a_failure_recovered_from_is_told_with_what_it_cost() -> None:
