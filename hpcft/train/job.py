@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy
@@ -26,7 +27,7 @@ from hpcft.train.sampler import ElasticBatchSampler
 from hpcft.train.state import Savepoint, State
 from hpcft.train.transfer import Arrival, give
 from hpcft.world.link import Failure
-from hpcft.world.recovery import Recovered, Report, Transfer
+from hpcft.world.recovery import Recovered, Report, Transfer, state_lost
 from hpcft.world.session import Session
 
 OnShrink = Literal["keep-lr", "scale-lr", "keep-global-batch"]
@@ -96,6 +97,7 @@ class Job:
         self._shared_buffers: list[torch.Tensor] = []
         self._raised: dict[int, tuple[int, str]] = {}
         self._warmed = False
+        self._unsaid: list[str] = []
         if self._world.active is None:
             # Like the last rank: script code for rank 0 (printing, saving) is not run on spares.
             self.group.park(self._launched_size - 1, self._launched_size)
@@ -106,6 +108,7 @@ class Job:
             session.journal.started()
         wanted = options["checkpoints"]
         self._checkpoints = Checkpoints(Plan.of(wanted), self._report) if wanted else None
+        self._world.restorable = bool(wanted)
         install(self.group)
 
     @property
@@ -287,6 +290,10 @@ class Job:
         assert self._savepoint is not None
         self._savepoint.renew()
         self._world.progress.step(state.step)
+        if self._line and self._unsaid:
+            for said in self._unsaid:
+                self._line.say(said)
+            self._unsaid.clear()
         if self._session.journal:
             self._say(self._session.journal.stepped(state.step))
         if self._line and self._world.logical == 0:
@@ -365,7 +372,11 @@ class Job:
         if self._session.journal:
             self._session.journal.note(kind, step, detail)
         if self._line and (said := _checkpoint_in_words(kind, step, detail)):
-            self._line.say(said)
+            if self._world.logical == 0:
+                self._line.say(said)
+            else:
+                # A spare that is being adopted is not heard yet.
+                self._unsaid.append(said)
 
     def _warm_up(self, train: Callable[[State], None], state: State) -> None:
         """Run a few steps for nobody, so that all that is made on first use is made."""
@@ -434,6 +445,8 @@ class Job:
 
         def transfer(comm: MPI.Intracomm, plan: Transfer) -> None:
             if comm.rank == plan.source:
+                if plan.step < 0:
+                    self._restore(state)
                 give(comm, plan, state.take_apart())
             elif comm.rank in plan.receivers:
                 arrival.receive(comm, plan)
@@ -447,6 +460,8 @@ class Job:
             self.group.attach(world.active)
             if self._on_shrink == "scale-lr" and self.size != before:
                 _scale_learning_rate(state, self.size / before)
+            # What was restored has a step nobody could know when it was planned.
+            recovery.transfer = replace(recovery.transfer, step=state.step)
             self._whole = self._begun = True
             self._place(state)
             self._savepoint = Savepoint(state)
@@ -456,6 +471,11 @@ class Job:
         if self._session.journal:
             self._session.journal.recovered(recovery)
         self._give_up_on_repetition(recovery)
+
+    def _restore(self, state: State) -> None:
+        """Bring back from a file what no survivor has."""
+        if not (self._checkpoints and self._checkpoints.restore(state)):
+            raise state_lost()
 
     def _say(self, told: list[Recovered]) -> None:
         if self._line and self._world.logical == 0:

@@ -123,7 +123,8 @@ class Journal:
     def _events(self, story: _Story) -> list[Event]:
         recovery, healing = story.recovery, story.recovery.healing
         before, after = healing.before, healing.after
-        step = recovery.transfer.step
+        step = max(0, recovery.transfer.step)
+        newest = recovery.transfer.newest
         events: list[Event] = []
 
         def add(kind: str, ranks: tuple[int, ...], at: float, **detail: Any) -> None:
@@ -158,7 +159,8 @@ class Journal:
             active=len(after.active),
             spares=len(after.spares),
             recover_s=round(recovery.ended - recovery.began, 6),
-            lost_steps=recovery.transfer.newest - step,
+            # Unknown, if those who knew are all dead.
+            lost_steps=newest - step if newest >= 0 else None,
             attempts=recovery.attempts,
             phases={name: round(seconds, 6) for name, seconds in recovery.phases.items()},
         )

@@ -101,8 +101,9 @@ class Report:
 class Transfer:
     """Who gives its state to whom, in ranks of the new active communicator.
 
-    step: the step the state belongs to.
-    newest: the newest step any survivor had completed; above ``step`` if its state is no good.
+    step: the step the state belongs to; -1 if the source first has to restore one.
+    newest: the newest step any survivor had completed; above ``step`` if its state is no good, -1
+        if no survivor had a state.
     """
 
     source: int
@@ -135,25 +136,38 @@ class Recovered:
     phases: dict[str, float] = field(default_factory=dict)
 
 
-def plan_transfer(membership: Membership, reports: Mapping[int, Report]) -> Transfer:
+def state_lost() -> StateLost:
+    """The error of a run in which nobody has a state."""
+    return StateLost(
+        "no survivor holds a whole copy of the training state: all ranks that did have failed "
+        "(when training begins that is rank 0 alone), and there is no checkpoint",
+        "start again; with --ckpt-dir the next run will have something to go on from",
+    )
+
+
+def plan_transfer(
+    membership: Membership, reports: Mapping[int, Report], restorable: bool = False
+) -> Transfer:
     """Whose state is taken, and who needs it.
 
     The most advanced survivor's: a process can have applied step k while another's collective for k
     failed. A survivor hit between its optimizer's step and the commit is passed over for one at
     the edge of a step, for whatever its script did with collectives in between saw a broken world.
 
+    Parameters
+    ----------
+    restorable: there may be a checkpoint, from which rank 0 is to bring back what all have lost.
+
     Raises
     ------
-    StateLost: nobody in the membership has a state.
+    StateLost: nobody in the membership has a state, and it is not restorable.
     """
     holders = [w for w in membership.active if reports[w].step >= 0 and not reports[w].broken]
     newest = max(reports[w].step for w in membership.active)
+    if not holders and restorable:
+        return Transfer(0, tuple(range(1, len(membership.active))), -1, newest)
     if not holders:
-        raise StateLost(
-            "no survivor holds a whole copy of the training state: all ranks that did have failed "
-            "(when training begins that is rank 0 alone)",
-            "start again, from the last checkpoint if there is one",
-        )
+        raise state_lost()
     best = max(holders, key=lambda w: (reports[w].whole, reports[w].step, -w))
     step = reports[best].step
     receivers = tuple(
@@ -193,6 +207,8 @@ class World:
         self.membership = Membership.launch(comm.Get_size(), spares)
         self._pool = comm.Dup()
         self._pool.Set_errhandler(MPI.ERRORS_RETURN)
+        #: Whether rank 0 can bring the state back should all have lost it; the same in all.
+        self.restorable = False
         #: What went wrong, other than in MPI, in the last attempt to recover.
         self._trouble: Exception | None = None
         self.active: MPI.Intracomm | None = None
@@ -378,7 +394,7 @@ class World:
             reports = self._exchange(pool, report)
             try:
                 healing = heal(self.membership, frozenset(reports), self.hosts, self.policy)
-                plan = plan_transfer(healing.after, reports)
+                plan = plan_transfer(healing.after, reports, self.restorable)
             except (TooFewRanks, StateLost) as error:
                 fatal = error
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +100,29 @@ def test_ranks_that_die_while_saving(launch: Launch, undisturbed: str, folder: P
     assert len(summary["failures"]) == 3
     assert summary["checkpoints"][-1] == 60
     assert set(contents(folder)) == set(steps(folder))
+
+
+def test_when_all_copies_in_memory_are_lost_the_newest_file_is_taken(
+    launch: Launch, undisturbed: str, folder: Path
+) -> None:
+    run = launch(*options(folder, every=5, spares=3))
+    run.wait_for_step(22)
+    for entry in run.ranks():
+        if entry["role"] == "active":
+            os.kill(entry["pid"], signal.SIGKILL)
+    summary = run.finish()
+    assert summary["params_sha256"] == undisturbed
+    assert summary["restored_step"] >= 15
+    assert {f["action"] for f in summary["failures"]} == {"substitute"}
+    assert "restored from" in run.output
+
+
+def test_when_all_is_lost_before_the_first_checkpoint_that_is_said(
+    launch: Launch, folder: Path
+) -> None:
+    suicides = ["--suicide=7:0", "--suicide=7:1", "--suicide=7:2"]
+    run = launch(*options(folder, every=50, spares=3), program=suicides)
+    assert "there is no checkpoint" in run.finish(code=3)["reason"]
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_taken(
