@@ -116,13 +116,19 @@ static void engine_leave(engine *e) {
         engine_free(e);
 }
 
-static void job_destroy(job *j) {
+static void close_files(job *j) {
     for (uint32_t i = 0; j->files && i < j->n_files; i++) {
-        if (j->files[i].buffered >= 0)
-            close(j->files[i].buffered);
-        if (j->files[i].direct >= 0)
-            close(j->files[i].direct);
+        engine_file *file = &j->files[i];
+        if (file->buffered >= 0)
+            close(file->buffered);
+        if (file->direct >= 0)
+            close(file->direct);
+        *file = (engine_file){-1, -1};
     }
+}
+
+static void job_destroy(job *j) {
+    close_files(j);
     free(j->files);
     free(j->pieces);
     free(j->tasks);
@@ -192,20 +198,24 @@ static void give_chunk(engine *e, task *t) {
         pthread_cond_signal(&e->move);
 }
 
-static void flush_files(job *j) {
+/* Flush the files if that is wanted, and let go of them: a deleted file keeps its room until then.
+ * Releases the lock meanwhile. */
+static void leave_files(job *j) {
     engine *e = j->engine;
+    int flush = j->sync && !j->failure.number;
     pthread_mutex_unlock(&e->lock);
     int number = 0;
     uint32_t file = 0;
-    for (; file < j->n_files && !number; file++)
+    for (; flush && file < j->n_files && !number; file++)
         if (fsync(j->files[file].buffered))
             number = errno;
+    close_files(j);
     pthread_mutex_lock(&e->lock);
     if (number)
         fail(j, number, file - 1, "fsync");
 }
 
-/* A task is through, well or not. Flushes the files and ends the job if it was the last. */
+/* A task is through, well or not. Ends the job if it was the last. */
 static void finish(task *t, int number, const char *doing) {
     job *j = t->job;
     engine *e = j->engine;
@@ -219,8 +229,7 @@ static void finish(task *t, int number, const char *doing) {
     }
     if (++j->finished < j->n_tasks)
         return;
-    if (j->sync && !j->failure.number)
-        flush_files(j);
+    leave_files(j);
     job_over(j);
 }
 
@@ -702,8 +711,7 @@ int job_begin(engine *e, int writing, const engine_file *files, uint32_t n_files
     if (j->n_tasks) {
         enlist(j);
     } else {
-        if (sync)
-            flush_files(j);
+        leave_files(j);
         job_over(j);
     }
     pthread_mutex_unlock(&e->lock);

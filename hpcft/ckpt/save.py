@@ -287,7 +287,7 @@ class Save:
         status = self._status()
         worst = ranks.least(status)
         if worst < 0:
-            self.over = True
+            self.drop()
             reasons = ranks.gather(str(self._error) if self._error else "")
             said = "; ".join(dict.fromkeys(r for r in reasons if r)) or "see rank 0's log"
             raise SaveFailed(f"no checkpoint of step {self.step}: {said}")
