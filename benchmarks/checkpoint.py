@@ -4,8 +4,8 @@ python benchmarks/checkpoint.py --gib 2 --repeat 5 --dir .
 
 Everything durable ends with an fsync. Restores are cold: the page cache is dropped before (as
 root). fio says what the disk can do. The sides take turns, so that what changes on the machine
-changes for all. The stall is what a training step pays: a step computes for a while, then asks for a
-save; its extra time over steps without a save is the stall.
+changes for all. The stall is what a training step pays: a step computes for a while, then asks for
+a save; its extra time over steps without one is the stall.
 """
 
 from __future__ import annotations
