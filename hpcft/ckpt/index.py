@@ -33,10 +33,12 @@ import numpy as np
 
 from hpcft.ckpt import dtypes
 from hpcft.ckpt._engine import crc32c
-from hpcft.ckpt.tree import DEEPEST, Node, Spec
+from hpcft.ckpt.spec import DEEPEST, Node, Spec
 from hpcft.errors import HpcftError
 
 VERSION = 1
+#: The group of the file that is not the user's.
+OWN = "hpcft"
 _TEXT = b"hpcft checkpoint; an HDF5 file (user block of 4096 bytes)\n".ljust(64, b"\0")
 _HEADER = struct.Struct("<64s3Q9Q")
 HEADER_SIZE = _HEADER.size + 8

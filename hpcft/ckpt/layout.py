@@ -23,7 +23,7 @@ import numpy as np
 from h5py import h5a, h5d, h5f, h5g, h5p, h5s, h5t
 
 from hpcft.ckpt import dtypes
-from hpcft.ckpt.tree import Spec
+from hpcft.ckpt.spec import Spec
 from hpcft.errors import HpcftError
 
 PAGE = 4096

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from hpcft.ckpt._engine import crc32c_combine
 from hpcft.ckpt.layout import PAGE, Layout
-from hpcft.ckpt.tree import Spec
+from hpcft.ckpt.spec import Spec
 
 #: Leaves from this size on are shared out.
 LARGE = 65536

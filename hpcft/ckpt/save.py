@@ -25,13 +25,12 @@ import numpy as np
 from hpcft.ckpt import index, layout, plan
 from hpcft.ckpt._engine import Engine, Transfer, crc32c
 from hpcft.ckpt.files import OpenFile
+from hpcft.ckpt.index import OWN
 from hpcft.ckpt.layout import PAGE, Layout
+from hpcft.ckpt.spec import Node, Spec
 from hpcft.ckpt.store import STATE, Checkpoint, Store
-from hpcft.ckpt.tree import Leaf, Node, Spec, flatten
+from hpcft.ckpt.tree import Leaf, flatten
 from hpcft.errors import HpcftError
-
-#: The group of the file that is not the user's.
-OWN = "hpcft"
 
 
 class SaveFailed(HpcftError):

@@ -111,6 +111,17 @@ class Store:
         """
         checkpoint.path.rename(self.path / f"{_ASIDE}{secrets.token_hex(4)}")
 
+    def remove(self, checkpoint: Checkpoint) -> None:
+        """Uncommit a checkpoint and delete it; what else lies aside is left alone.
+
+        Raises
+        ------
+        OSError: it cannot be renamed.
+        """
+        aside = self.path / f"{_ASIDE}{secrets.token_hex(4)}"
+        checkpoint.path.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
     def sweep(self, keep: int = 0) -> None:
         """Remove what lies aside, but for ``keep`` of it. Nobody may be writing."""
         for entry in self._aside()[keep:]:

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from hpcft import __version__, run
-from hpcft.cli import doctor
+from hpcft.cli import ckpt, doctor
 from hpcft.errors import HpcftError
 
 _DESCRIPTION = "PyTorch training on MPI that survives the loss of ranks and nodes in place."
@@ -35,16 +35,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"hpcft {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     commands.add_parser("run", help="start a training whose ranks may die", add_help=False)
-    doctor.add_arguments(
-        commands.add_parser(
-            "doctor",
-            help=doctor.SUMMARY,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+    for name, command in (("doctor", doctor), ("ckpt", ckpt)):
+        own = commands.add_parser(
+            name, help=command.SUMMARY, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-    )
+        command.add_arguments(own)
+        own.set_defaults(run=command.run)
     args = parser.parse_args(argv)
     try:
-        return doctor.run(args)
+        code: int = args.run(args)
+        return code
     except HpcftError as error:
         print(f"hpcft: {error.line}", file=sys.stderr)
         return error.exit_code

@@ -21,8 +21,9 @@ from hpcft.ckpt._engine import Engine, crc32c
 from hpcft.ckpt.index import Damaged
 from hpcft.ckpt.restore import load
 from hpcft.ckpt.save import Alone, Save, SaveFailed, Saver
+from hpcft.ckpt.spec import Spec
 from hpcft.ckpt.store import Store
-from hpcft.ckpt.tree import Spec, Unstorable
+from hpcft.ckpt.tree import Unstorable
 from hpcft.errors import HpcftError
 
 ENGINE = Engine(4 << 20, chunk=1 << 20)
@@ -248,7 +249,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], check=True)
     yield disk
-    subprocess.run(["umount", disk], check=True)
+    # Lazily: what a failed test still holds open must not keep it.
+    subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def test_a_full_disk_is_said_and_leaves_what_was_committed(small_disk: Path) -> None:
