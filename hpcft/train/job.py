@@ -104,8 +104,6 @@ class Job:
         else:
             self.group.attach(self._world.active)
             self.group.refuse = self._refuse
-        if session.journal:
-            session.journal.started()
         wanted = options["checkpoints"]
         self._checkpoints = Checkpoints(Plan.of(wanted), self._report) if wanted else None
         self._world.restorable = bool(wanted)

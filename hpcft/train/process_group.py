@@ -23,6 +23,7 @@ from mpi4py import MPI
 from torch.futures import Future
 
 from hpcft.errors import HpcftError
+from hpcft.world.requests import all_done, wait_all
 
 _BACKEND = "hpcft"
 
@@ -102,11 +103,11 @@ class _Pending(dist.Work):
         self._memories = memories
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        self._finish(lambda: MPI.Request.Waitall(self._requests))
+        self._finish(lambda: wait_all(self._requests))
         return True
 
     def is_completed(self) -> bool:
-        return not self._requests or self._finish(lambda: MPI.Request.Testall(self._requests))
+        return not self._requests or self._finish(lambda: all_done(self._requests))
 
     def is_success(self) -> bool:
         return self.is_completed()
@@ -522,7 +523,7 @@ class WorldProcessGroup(dist.ProcessGroup):
             ]
             sources = [_Memory(tensor) for tensor in inputs]
             requests += [comm.Isend(source.buffer, peer) for peer, source in enumerate(sources)]
-            MPI.Request.Waitall(requests)
+            wait_all(requests)
             for target in targets:
                 target.settle()
 

@@ -9,6 +9,7 @@ from mpi4py import MPI
 
 from hpcft.train.state import Contents, Slot, State, dump, load
 from hpcft.world.recovery import Transfer
+from hpcft.world.requests import wait_all
 
 #: MPI counts are ints in Open MPI 5.
 _CHUNK = 1 << 30
@@ -42,7 +43,7 @@ class Arrival:
             live if fits else [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in slots]
         )
         staged = [_staging(tensor) for tensor in self._tensors]
-        MPI.Request.Waitall([comm.Irecv(buffer, parent, _TAG) for buffer in _buffers(staged)])
+        wait_all([comm.Irecv(buffer, parent, _TAG) for buffer in _buffers(staged)])
         for tensor, stage in zip(self._tensors, staged, strict=True):
             if stage.data_ptr() != tensor.data_ptr():
                 tensor.copy_(stage)
@@ -79,7 +80,7 @@ def _pass_on(
     requests += [
         comm.Isend(buffer, child, _TAG) for child in children for buffer in _buffers(staged)
     ]
-    MPI.Request.Waitall(requests)
+    wait_all(requests)
 
 
 def _buffers(staged: list[torch.Tensor]) -> list[tuple[Any, MPI.Datatype]]:

@@ -64,7 +64,6 @@ def meet(link: Link) -> None:
     link.send("table", peers=peers, secret=secret)
     link.receive()
     link.listen(notifier.failed)
-    comm.Barrier()
     hosts = {peer["rank"]: peer["host"] for peer in peers}
     policy = Policy(
         "substitute" in options["on_failure"],
@@ -73,4 +72,8 @@ def meet(link: Link) -> None:
     )
     world = World(comm, link, hosts, options["spares"], policy)
     rundir = RunDirectory(Path(options["run_dir"]))
-    _current = Session(world, Journal(rundir, world, pids), options)
+    journal = Journal(rundir, world, pids)
+    journal.started()
+    # Nobody runs the script, and can fail in it, before that is written and all listen.
+    comm.Barrier()
+    _current = Session(world, journal, options)
