@@ -72,11 +72,7 @@ class Parts:
         """The file again, with checksums that fit; the index goes to the end, for it may grow."""
         raw = self.raw
         stretches = []
-        # Deeper than the reader, which keeps to Python's usual limit, would go.
-        usual = sys.getrecursionlimit()
-        sys.setrecursionlimit(100_000)
         text = json.dumps(self.index).encode("utf-8", "surrogatepass")
-        sys.setrecursionlimit(usual)
         places = b"".join(struct.pack("<Q", p & (2**64 - 1)) for p in self.places)
         sums = b"".join(struct.pack("<I", s & (2**32 - 1)) for s in self.checksums)
         for content in (text, places, sums):
@@ -225,7 +221,11 @@ class Fuzzer:
         """
         rng = random.Random(seed)
         way = rng.choice(list(WAYS))
+        # Deeper than the reader goes, which keeps to Python's usual limit.
+        usual = sys.getrecursionlimit()
+        sys.setrecursionlimit(20_000)
         self._file.write_bytes(WAYS[way](rng, self._good))
+        sys.setrecursionlimit(usual)
         try:
             _, state = load(self._file, self._engine)
         except Damaged:
