@@ -155,6 +155,11 @@ class Fleet:
         self._holding = False
 
     @property
+    def hosts(self) -> dict[int, str]:
+        """Where every rank is, by its name for people."""
+        return {rank: peer.host for rank, peer in self._peers.items()}
+
+    @property
     def _leads(self) -> bool:
         return self.rank == self._leader
 

@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hpcft.launch.cause import Ending
 from hpcft.launch.channel import Message
@@ -437,7 +437,7 @@ class Shepherd:
         events = self._rundir.events()
         step = max((event.step for event in events), default=0)
         told = {event.detail["world"] for event in events if event.kind == "failure"}
-        entries = {entry["world"]: entry for entry in self._rundir.ranks()}
+        entries = {entry["world"]: entry for entry in self._rundir.ranks()} or self._as_launched()
         epoch = max((event.epoch for event in events), default=0) + 1
         # Those nobody has recovered from.
         failures = [
@@ -455,6 +455,14 @@ class Shepherd:
         ]
         self._rundir.append([*failures, Event("failed", step, detail={"reason": reason})])
         self._rundir.write_summary(summarise(self._rundir.events()))
+
+    def _as_launched(self) -> dict[int, dict[str, Any]]:
+        """What would be in ranks.json, had training begun."""
+        assert self._fleet is not None
+        return {
+            rank: {"logical": rank if rank in self._active else None, "host": host}
+            for rank, host in self._fleet.hosts.items()
+        }
 
     # -- looking after the rank ----------------------------------------------------------------
 

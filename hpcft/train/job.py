@@ -337,6 +337,8 @@ class Job:
         """Have all ranks begin with the state of rank 0."""
         assert self._world.active is not None
         comm = self._world.active
+        if self._session.journal:
+            self._session.journal.started()
         if self._checkpoints and comm.rank == 0:
             self._checkpoints.restore(state)
         with self._waiting():

@@ -50,7 +50,7 @@ class Journal:
         return self._world.logical == 0
 
     def started(self) -> None:
-        """All ranks have met."""
+        """Training begins."""
         if self._writes:
             membership = self._world.membership
             detail = {"active": len(membership.active), "spares": len(membership.spares)}

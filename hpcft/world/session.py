@@ -72,8 +72,5 @@ def meet(link: Link) -> None:
     )
     world = World(comm, link, hosts, options["spares"], policy)
     rundir = RunDirectory(Path(options["run_dir"]))
-    journal = Journal(rundir, world, pids)
-    journal.started()
-    # Nobody runs the script, and can fail in it, before that is written and all listen.
     comm.Barrier()
-    _current = Session(world, journal, options)
+    _current = Session(world, Journal(rundir, world, pids), options)
