@@ -28,7 +28,7 @@ from hpcft.errors import HpcftError
 
 PAGE = 4096
 #: Datasets from this size on begin at a page.
-_LARGE = 65536
+LARGE = 65536
 #: Metadata comes in blocks, so that it is not strewn over the file.
 _METADATA_BLOCK = 1 << 20
 _CHECKSUM = b"crc32c"
@@ -96,7 +96,7 @@ def _create(path: Path, specs: Sequence[Spec]) -> tuple[int, ...]:
     creation = h5p.create(h5p.FILE_CREATE)
     creation.set_userblock(PAGE)
     access = h5p.create(h5p.FILE_ACCESS)
-    access.set_alignment(_LARGE, PAGE)
+    access.set_alignment(LARGE, PAGE)
     access.set_meta_block_size(_METADATA_BLOCK)
     # Object headers of the later format have checksums of their own, which ours would spoil.
     access.set_libver_bounds(h5f.LIBVER_EARLIEST, h5f.LIBVER_V18)

@@ -12,11 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from hpcft.ckpt._engine import crc32c_combine
-from hpcft.ckpt.layout import PAGE, Layout
+from hpcft.ckpt.layout import LARGE, PAGE, Layout
 from hpcft.ckpt.spec import Spec
-
-#: Leaves from this size on are shared out.
-LARGE = 65536
 
 
 @dataclass(frozen=True)

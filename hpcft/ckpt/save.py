@@ -223,10 +223,9 @@ class Save:
 
     def _hand_over(self, leaves: list[Leaf]) -> Transfer | None:
         places = self._planned.layout.places
-        extents: list[tuple[Any, int, int, int]] = []
         self._order = sorted(self._parts, key=lambda part: places[part.leaf] + part.begin)
         fill = plan.fillers(self._planned.layout, self._order)
-        extents = [
+        extents: list[tuple[Any, int, int, int]] = [
             (
                 leaves[part.leaf].memory[part.begin : part.end],
                 0,

@@ -76,7 +76,7 @@ class Store:
         Its file may exist, of whatever size and content: writing over it is faster than making it
         anew, for its blocks are there.
         """
-        aside = self.path / f"{_ASIDE}{secrets.token_hex(4)}"
+        aside = self._new_aside()
         for entry in self._aside():
             try:
                 entry.rename(aside)
@@ -102,14 +102,18 @@ class Store:
         flush_directory(self.path)
         return Checkpoint(step, edition, target)
 
-    def discard(self, checkpoint: Checkpoint) -> None:
+    def discard(self, checkpoint: Checkpoint) -> Path:
         """Uncommit a checkpoint; its blocks serve the next.
+
+        Returns
+        -------
+        Where it lies now.
 
         Raises
         ------
         OSError: it cannot be renamed.
         """
-        checkpoint.path.rename(self.path / f"{_ASIDE}{secrets.token_hex(4)}")
+        return checkpoint.path.rename(self._new_aside())
 
     def remove(self, checkpoint: Checkpoint) -> None:
         """Uncommit a checkpoint and delete it; what else lies aside is left alone.
@@ -118,14 +122,15 @@ class Store:
         ------
         OSError: it cannot be renamed.
         """
-        aside = self.path / f"{_ASIDE}{secrets.token_hex(4)}"
-        checkpoint.path.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(self.discard(checkpoint), ignore_errors=True)
 
     def sweep(self, keep: int = 0) -> None:
         """Remove what lies aside, but for ``keep`` of it. Nobody may be writing."""
         for entry in self._aside()[keep:]:
             shutil.rmtree(entry, ignore_errors=True)
+
+    def _new_aside(self) -> Path:
+        return self.path / f"{_ASIDE}{secrets.token_hex(4)}"
 
     def _aside(self) -> list[Path]:
         return sorted(e for e in self.path.iterdir() if e.name.startswith(_ASIDE))
