@@ -2,12 +2,14 @@
 
 from setuptools import Extension, setup
 
+_PARTS = ("engine", "ring", "crc32c", "copy")
+
 setup(
     ext_modules=[
         Extension(
             "hpcft.ckpt._engine",
-            sources=["c_ext/module.c", "c_ext/engine.c", "c_ext/ring.c", "c_ext/crc32c.c"],
-            depends=["c_ext/engine.h", "c_ext/ring.h", "c_ext/crc32c.h"],
+            sources=[f"c_ext/{name}.c" for name in ("module", *_PARTS)],
+            depends=[f"c_ext/{name}.h" for name in _PARTS],
             extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra"],
         )
     ]

@@ -14,6 +14,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "copy.h"
 #include "crc32c.h"
 #include "ring.h"
 
@@ -23,9 +24,11 @@
 typedef struct {
     unsigned char *memory;
     size_t extent;
+    uint64_t begin; /* in the extent */
     uint32_t length;
     uint32_t place; /* in the task's stretch */
     uint32_t crc;
+    int elsewhere;
 } piece;
 
 /* A stretch of a file that fits into a chunk. */
@@ -36,28 +39,39 @@ typedef struct task {
     uint64_t offset, base;
     uint32_t length, file;
     size_t first_piece, n_pieces;
+    int in_place;  /* read straight into its one piece's memory, which is its chunk */
+    int elsewhere; /* some piece is */
 } task;
 
 typedef struct {
     task *head, **tail;
 } queue;
 
+/* Tasks, by number, from the next nobody has taken to the end. */
+typedef struct {
+    size_t next, end;
+} stretch;
+
 struct job {
     engine *engine;
     job *next; /* in the engine's list of jobs with tasks nobody has taken */
     int writing, sync;
+    int lends; /* some extent is elsewhere */
     engine_file *files;
     uint32_t n_files;
     piece *pieces;
     task *tasks;
     uint32_t *checksums;
-    size_t n_pieces, n_tasks, n_extents;
+    stretch *stretches; /* of the tasks; one a mover when reading, else one */
+    size_t n_pieces, n_tasks, n_extents, n_stretches;
     /* From here on under the engine's lock. */
-    size_t taken;    /* tasks taken by a copier, or when reading by a mover */
-    size_t copying;  /* tasks being copied right now */
+    size_t taken;    /* tasks taken by a copier or borrowed, or when reading taken by a mover */
+    size_t copying;  /* tasks being copied or lent right now, when writing */
     size_t finished; /* tasks that are through */
     int waiting;     /* in the engine's list */
     int done, owned;
+    queue arrived; /* tasks that are read and wait to be borrowed */
+    size_t out;    /* that are borrowed, when reading */
     job_failure failure;
     uint64_t total, copied, moved;
 };
@@ -69,15 +83,17 @@ struct engine {
     unsigned char **spare; /* stack of unused chunks */
     size_t n_spare, n_chunks, least_spare;
     pthread_mutex_t lock;
-    pthread_cond_t copy;    /* there may be something to copy */
-    pthread_cond_t move;    /* there may be something to write or read */
-    pthread_cond_t news;    /* a job has come further */
-    pthread_cond_t stopped; /* the engine is being closed */
-    job *to_copy, *to_read; /* jobs with tasks nobody has taken, oldest first */
-    queue filled;           /* tasks that are copied and wait to be written */
-    size_t copying;         /* tasks being copied right now */
-    int stop, holders;      /* threads, jobs and the owner: who leaves last frees it all */
-    int64_t free_at;        /* when the bandwidth allows the next write */
+    pthread_cond_t copy;              /* there may be something to copy */
+    pthread_cond_t move;              /* there may be something to write or read */
+    pthread_cond_t news;              /* a job has come further */
+    pthread_cond_t stopped;           /* the engine is being closed */
+    job *to_copy, *to_lend, *to_read; /* jobs with tasks nobody has taken, oldest first */
+    queue filled;                     /* tasks that are copied and wait to be written */
+    size_t copying;                   /* tasks being copied, or lent to be written, right now */
+    size_t borrowers;                 /* who wait for a chunk */
+    size_t movers;                    /* that have begun */
+    int stop, holders; /* threads, jobs and the owner: who leaves last frees it all */
+    int64_t free_at;   /* when the bandwidth allows the next write */
     int with_ring;
 };
 
@@ -91,6 +107,25 @@ static int64_t now(void) {
 static int wait_until(engine *e, pthread_cond_t *condition, int64_t moment) {
     struct timespec t = {moment / SECOND, moment % SECOND};
     return pthread_cond_timedwait(condition, &e->lock, &t) != ETIMEDOUT;
+}
+
+/* -- queues; the lock is held ------------------------------------------------------------------ */
+
+static void append(queue *q, task *t) {
+    t->next = NULL;
+    *q->tail = t;
+    q->tail = &t->next;
+}
+
+/* The first, or NULL. */
+static task *pop(queue *q) {
+    task *t = q->head;
+    if (t) {
+        q->head = t->next;
+        if (!q->head)
+            q->tail = &q->head;
+    }
+    return t;
 }
 
 /* -- life ------------------------------------------------------------------------------------ */
@@ -132,6 +167,7 @@ static void job_destroy(job *j) {
     free(j->files);
     free(j->pieces);
     free(j->tasks);
+    free(j->stretches);
     free(j->checksums);
     free(j);
 }
@@ -143,10 +179,18 @@ static void fail(job *j, int number, uint32_t file, const char *doing) {
         j->failure = (job_failure){number, file, doing};
 }
 
+/* Where the engine lists it. */
+static job **list_of(job *j) {
+    engine *e = j->engine;
+    if (!j->writing)
+        return &e->to_read;
+    return j->lends ? &e->to_lend : &e->to_copy;
+}
+
 static void unlist(job *j) {
     if (!j->waiting)
         return;
-    job **at = j->writing ? &j->engine->to_copy : &j->engine->to_read;
+    job **at = list_of(j);
     while (*at != j)
         at = &(*at)->next;
     *at = j->next;
@@ -176,9 +220,21 @@ static void abandon(job *j) {
     pthread_cond_broadcast(&j->engine->news);
 }
 
-static task *take_task(job *j) {
-    task *t = &j->tasks[j->taken++];
-    if (j->taken == j->n_tasks)
+/* Where a thread takes its next task from: its own stretch, or if that is through, the longest. To
+ * read several stretches side by side is faster than one on most disks, each being read in order.
+ */
+static stretch *stretch_for(job *j, size_t thread) {
+    stretch *own = &j->stretches[thread % j->n_stretches], *longest = own;
+    for (size_t i = 0; own->next == own->end && i < j->n_stretches; i++)
+        if (j->stretches[i].end - j->stretches[i].next > longest->end - longest->next)
+            longest = &j->stretches[i];
+    return longest;
+}
+
+/* Take a task, which needs a chunk unless it is read in place. There is one to take. */
+static task *take_task(job *j, stretch *from) {
+    task *t = &j->tasks[from->next++];
+    if (++j->taken == j->n_tasks)
         unlist(j);
     return t;
 }
@@ -196,6 +252,8 @@ static void give_chunk(engine *e, task *t) {
     pthread_cond_signal(&e->copy);
     if (e->to_read)
         pthread_cond_signal(&e->move);
+    if (e->borrowers)
+        pthread_cond_broadcast(&e->news);
 }
 
 /* Flush the files if that is wanted, and let go of them: a deleted file keeps its room until then.
@@ -219,7 +277,7 @@ static void leave_files(job *j) {
 static void finish(task *t, int number, const char *doing) {
     job *j = t->job;
     engine *e = j->engine;
-    if (t->chunk)
+    if (t->chunk && !t->in_place)
         give_chunk(e, t);
     if (number) {
         fail(j, number, t->file, doing);
@@ -227,10 +285,20 @@ static void finish(task *t, int number, const char *doing) {
     } else if (!j->failure.number) {
         j->moved += t->length;
     }
-    if (++j->finished < j->n_tasks)
+    if (++j->finished < j->n_tasks) {
+        if (e->borrowers)
+            pthread_cond_broadcast(&e->news);
         return;
+    }
     leave_files(j);
     job_over(j);
+}
+
+/* A failed job: what has been read and nobody has borrowed is through. */
+static void drop_arrived(job *j) {
+    task *t;
+    while ((t = pop(&j->arrived)))
+        finish(t, 0, "");
 }
 
 /* -- threads ---------------------------------------------------------------------------------- */
@@ -255,6 +323,43 @@ static unsigned char *data_at(task *t, uint32_t place) {
     return t->chunk + (t->offset - t->base) + place;
 }
 
+/* Bring into the chunk what is in memory that can be reached. */
+static void fill(task *t) {
+    for (size_t i = 0; i < t->n_pieces; i++) {
+        piece *p = &t->job->pieces[t->first_piece + i];
+        if (p->memory)
+            copy_past_cache(data_at(t, p->place), p->memory, p->length);
+        else if (!p->elsewhere)
+            memset(data_at(t, p->place), 0, p->length);
+    }
+}
+
+/* Take the next task of a job that writes, to fill it; the lock is held. */
+static task *begin_copy(job *j) {
+    engine *e = j->engine;
+    task *t = take_task(j, j->stretches);
+    t->chunk = take_chunk(e);
+    j->copying++;
+    e->copying++;
+    return t;
+}
+
+/* It is full, and can be written; the lock is held. */
+static void end_copy(task *t) {
+    job *j = t->job;
+    engine *e = j->engine;
+    e->copying--;
+    j->copied += t->length;
+    if (--j->copying == 0)
+        pthread_cond_broadcast(&e->news);
+    append(&e->filled, t);
+    /* All movers of an engine being closed, for they stay until the last copy is there. */
+    if (e->stop)
+        pthread_cond_broadcast(&e->move);
+    else
+        pthread_cond_signal(&e->move);
+}
+
 static void *copier(void *argument) {
     engine *e = argument;
     settle_down(e, 0);
@@ -264,32 +369,11 @@ static void *copier(void *argument) {
             pthread_cond_wait(&e->copy, &e->lock);
         if (e->stop)
             break;
-        job *j = e->to_copy;
-        task *t = take_task(j);
-        t->chunk = take_chunk(e);
-        j->copying++;
-        e->copying++;
+        task *t = begin_copy(e->to_copy);
         pthread_mutex_unlock(&e->lock);
-        for (size_t i = 0; i < t->n_pieces; i++) {
-            piece *p = &j->pieces[t->first_piece + i];
-            if (p->memory)
-                memcpy(data_at(t, p->place), p->memory, p->length);
-            else
-                memset(data_at(t, p->place), 0, p->length);
-        }
+        fill(t);
         pthread_mutex_lock(&e->lock);
-        e->copying--;
-        j->copied += t->length;
-        if (--j->copying == 0)
-            pthread_cond_broadcast(&e->news);
-        t->next = NULL;
-        *e->filled.tail = t;
-        e->filled.tail = &t->next;
-        /* All movers of an engine being closed, for they stay until the last copy is there. */
-        if (e->stop)
-            pthread_cond_broadcast(&e->move);
-        else
-            pthread_cond_signal(&e->move);
+        end_copy(t);
     }
     engine_leave(e);
     return NULL;
@@ -303,10 +387,12 @@ static void checksum(task *t) {
 }
 
 static void hand_out(task *t) {
+    if (t->in_place)
+        return;
     for (size_t i = 0; i < t->n_pieces; i++) {
         piece *p = &t->job->pieces[t->first_piece + i];
         if (p->memory)
-            memcpy(p->memory, data_at(t, p->place), p->length);
+            copy_past_cache(p->memory, data_at(t, p->place), p->length);
     }
 }
 
@@ -410,21 +496,32 @@ static void throttle(engine *e, uint32_t length) {
         wait_until(e, &e->stopped, start);
 }
 
+/* What was to be done with a task's file is; the lock is held. */
+static void moved(task *t, int number) {
+    job *j = t->job;
+    if (!j->writing && t->elsewhere && !number && !j->failure.number) {
+        append(&j->arrived, t);
+        pthread_cond_broadcast(&j->engine->news);
+        return;
+    }
+    finish(t, number, j->writing ? "write" : "read");
+}
+
 /* The next task for a mover, with a chunk; the lock is held. */
-static task *next_to_move(engine *e) {
-    task *t = e->filled.head;
-    if (t) {
-        e->filled.head = t->next;
-        if (!e->filled.head)
-            e->filled.tail = &e->filled.head;
+static task *next_to_move(engine *e, size_t mover) {
+    task *t = pop(&e->filled);
+    if (t)
         return t;
-    }
-    if (e->to_read && e->n_spare) {
-        t = take_task(e->to_read);
+    job *j = e->to_read;
+    if (!j)
+        return NULL;
+    stretch *from = stretch_for(j, mover);
+    if (!j->tasks[from->next].in_place && !e->n_spare)
+        return NULL;
+    t = take_task(j, from);
+    if (!t->in_place)
         t->chunk = take_chunk(e);
-        return t;
-    }
-    return NULL;
+    return t;
 }
 
 /* Move a task, or begin to: with a ring, what can be left to the kernel is. The lock is held. */
@@ -454,7 +551,7 @@ static void start_moving(engine *e, ring *r, task *t) {
     if (!number)
         number = move_rest(t);
     pthread_mutex_lock(&e->lock);
-    finish(t, number, j->writing ? "write" : "read");
+    moved(t, number);
 }
 
 /* A transfer that the ring had is complete. The lock is held. */
@@ -466,7 +563,7 @@ static void end_moving(engine *e, task *t, int64_t result) {
     if (!number)
         number = move_rest(t);
     pthread_mutex_lock(&e->lock);
-    finish(t, number, t->job->writing ? "write" : "read");
+    moved(t, number);
 }
 
 static void *mover(void *argument) {
@@ -476,10 +573,11 @@ static void *mover(void *argument) {
     if (e->with_ring && ring_open(&own, e->options.depth) == 0)
         r = &own;
     pthread_mutex_lock(&e->lock);
+    const size_t me = e->movers++;
     for (;;) {
         task *t = NULL;
         if (!r || r->underway < r->depth)
-            t = next_to_move(e);
+            t = next_to_move(e, me);
         if (t) {
             start_moving(e, r, t);
         } else if (r && r->underway) {
@@ -579,8 +677,8 @@ int engine_new(const engine_options *options, engine **made) {
 void engine_close(engine *e) {
     pthread_mutex_lock(&e->lock);
     e->stop = 1;
-    job **lists[] = {&e->to_copy, &e->to_read};
-    for (int i = 0; i < 2; i++)
+    job **lists[] = {&e->to_copy, &e->to_lend, &e->to_read};
+    for (int i = 0; i < 3; i++)
         while (*lists[i]) {
             job *j = *lists[i];
             fail(j, ECANCELED, 0, "write");
@@ -598,6 +696,11 @@ const char *engine_backend(const engine *e) {
     return e->with_ring ? "io_uring" : "threads";
 }
 
+void *engine_pool(const engine *e, size_t *size) {
+    *size = e->options.pool;
+    return e->pool;
+}
+
 size_t engine_peak(engine *e) {
     pthread_mutex_lock(&e->lock);
     size_t most = e->n_chunks - e->least_spare;
@@ -607,45 +710,69 @@ size_t engine_peak(engine *e) {
 
 /* -- jobs, as their owner sees them ------------------------------------------------------------ */
 
+/* How many bytes of an extent, from its beginning, can be read to where they belong without going
+ * through a chunk: past the page cache, whole pages that lie in memory as they do in the file. */
+static uint64_t straight(const job *j, const engine_file *files, const engine_extent *x) {
+    if (j->writing || !x->memory)
+        return 0;
+    if (files[x->file].direct < 0)
+        return x->length;
+    if ((uintptr_t)x->memory % ENGINE_PAGE || x->offset % ENGINE_PAGE)
+        return 0;
+    return x->length & ~(uint64_t)(ENGINE_PAGE - 1);
+}
+
 /* Cut the extents into tasks and pieces; with j->tasks NULL only count them. */
-static void cut(job *j, const engine_extent *extents, size_t chunk) {
+static void cut(job *j, const engine_file *files, const engine_extent *extents, size_t chunk) {
     size_t n_tasks = 0, n_pieces = 0;
     uint64_t end = 0; /* of the task being made */
     uint32_t file = 0;
+    int open = 0; /* more may join that task */
     for (size_t i = 0; i < j->n_extents; i++) {
         const engine_extent *x = &extents[i];
-        uint64_t offset = x->offset, left = x->length;
-        while (left) {
-            int joins = n_tasks && file == x->file && end == offset && offset % chunk;
-            if (!joins) {
+        const uint64_t in_place = straight(j, files, x);
+        uint64_t offset = x->offset, done = 0;
+        while (done < x->length) {
+            const int alone = done < in_place;
+            uint64_t room = chunk - offset % chunk;
+            uint64_t left = (alone ? in_place : x->length) - done;
+            uint32_t length = (uint32_t)(left < room ? left : room);
+            unsigned char *memory = x->memory ? (unsigned char *)x->memory + done : NULL;
+            if (!open || alone || file != x->file || end != offset || offset % chunk == 0) {
+                uint64_t base = alone ? offset : offset & ~(uint64_t)(ENGINE_PAGE - 1);
                 if (j->tasks)
                     j->tasks[n_tasks] = (task){.job = j,
+                                               .chunk = alone ? memory : NULL,
                                                .offset = offset,
-                                               .base = offset & ~(uint64_t)(ENGINE_PAGE - 1),
+                                               .base = base,
                                                .file = x->file,
-                                               .first_piece = n_pieces};
+                                               .first_piece = n_pieces,
+                                               .in_place = alone};
                 n_tasks++;
                 file = x->file;
+                open = !alone;
             }
-            uint64_t room = chunk - offset % chunk;
-            uint32_t length = (uint32_t)(left < room ? left : room);
             if (j->tasks) {
                 task *t = &j->tasks[n_tasks - 1];
-                unsigned char *memory = x->memory;
-                j->pieces[n_pieces] = (piece){.memory = memory ? memory + (x->length - left) : NULL,
+                j->pieces[n_pieces] = (piece){.memory = memory,
                                               .extent = i,
+                                              .begin = done,
                                               .length = length,
-                                              .place = t->length};
+                                              .place = t->length,
+                                              .elsewhere = x->elsewhere};
+                t->elsewhere |= x->elsewhere;
                 t->length += length;
                 t->n_pieces++;
             }
             n_pieces++;
             offset += length;
-            left -= length;
+            done += length;
             end = offset;
         }
-        if (!j->tasks)
+        if (!j->tasks) {
             j->total += x->length;
+            j->lends |= x->elsewhere;
+        }
     }
     j->n_tasks = n_tasks;
     j->n_pieces = n_pieces;
@@ -653,7 +780,7 @@ static void cut(job *j, const engine_extent *extents, size_t chunk) {
 
 static void enlist(job *j) {
     engine *e = j->engine;
-    job **at = j->writing ? &e->to_copy : &e->to_read;
+    job **at = list_of(j);
     while (*at)
         at = &(*at)->next;
     *at = j;
@@ -679,14 +806,19 @@ static int duplicate(job *j, const engine_file *files) {
 }
 
 static int prepare(job *j, const engine_file *files, const engine_extent *extents) {
-    cut(j, extents, j->engine->options.chunk);
+    cut(j, files, extents, j->engine->options.chunk);
     j->files = calloc(j->n_files + 1, sizeof *j->files);
     j->tasks = calloc(j->n_tasks + 1, sizeof *j->tasks);
     j->pieces = calloc(j->n_pieces + 1, sizeof *j->pieces);
     j->checksums = calloc(j->n_extents + 1, sizeof *j->checksums);
-    if (!j->files || !j->tasks || !j->pieces || !j->checksums)
+    j->n_stretches = j->writing ? 1 : (size_t)j->engine->options.movers;
+    j->stretches = calloc(j->n_stretches, sizeof *j->stretches);
+    if (!j->files || !j->tasks || !j->pieces || !j->checksums || !j->stretches)
         return ENOMEM;
-    cut(j, extents, j->engine->options.chunk);
+    for (size_t i = 0; i < j->n_stretches; i++)
+        j->stretches[i] =
+            (stretch){j->n_tasks * i / j->n_stretches, j->n_tasks * (i + 1) / j->n_stretches};
+    cut(j, files, extents, j->engine->options.chunk);
     return duplicate(j, files);
 }
 
@@ -699,6 +831,7 @@ int job_begin(engine *e, int writing, const engine_file *files, uint32_t n_files
     j->writing = writing;
     j->sync = sync;
     j->owned = 1;
+    j->arrived.tail = &j->arrived.head;
     j->n_files = n_files;
     j->n_extents = n_extents;
     int number = prepare(j, files, extents);
@@ -736,6 +869,72 @@ int job_wait(job *j, job_stage stage, int64_t nanoseconds) {
     return is;
 }
 
+/* The next chunk to lend, if there is one; the lock is held. */
+static task *lend(job *j) {
+    if (!j->writing)
+        return pop(&j->arrived);
+    return j->taken < j->n_tasks && j->engine->n_spare ? begin_copy(j) : NULL;
+}
+
+/* Whether no chunk will come to be lent; the lock is held. */
+static int lent_all(const job *j) {
+    if (j->writing)
+        return j->taken == j->n_tasks;
+    return j->failure.number || j->finished + j->out == j->n_tasks;
+}
+
+loan *job_borrow(job *j, int64_t nanoseconds, int *over) {
+    engine *e = j->engine;
+    int64_t deadline = now() + nanoseconds;
+    task *t;
+    pthread_mutex_lock(&e->lock);
+    e->borrowers++;
+    for (;;) {
+        if (!j->writing && j->failure.number)
+            drop_arrived(j);
+        t = lend(j);
+        *over = !t && lent_all(j);
+        if (t || *over || !wait_until(e, &e->news, deadline))
+            break;
+    }
+    e->borrowers--;
+    if (t && !j->writing)
+        j->out++;
+    pthread_mutex_unlock(&e->lock);
+    if (t && j->writing)
+        fill(t);
+    return t;
+}
+
+void job_give_back(loan *lent) {
+    job *j = lent->job;
+    engine *e = j->engine;
+    pthread_mutex_lock(&e->lock);
+    if (j->writing) {
+        end_copy(lent);
+    } else {
+        j->out--;
+        finish(lent, 0, "");
+    }
+    pthread_mutex_unlock(&e->lock);
+}
+
+unsigned char *loan_memory(loan *lent, size_t *length) {
+    *length = lent->length;
+    return data_at(lent, 0);
+}
+
+int loan_look(const loan *lent, size_t number, loan_piece *found) {
+    for (size_t i = 0; i < lent->n_pieces; i++) {
+        const piece *p = &lent->job->pieces[lent->first_piece + i];
+        if (p->elsewhere && !number--) {
+            *found = (loan_piece){p->extent, p->begin, p->place, p->length};
+            return 1;
+        }
+    }
+    return 0;
+}
+
 job_progress job_look(job *j) {
     pthread_mutex_lock(&j->engine->lock);
     job_progress progress = {j->total, j->copied, j->moved, j->done};
@@ -761,6 +960,8 @@ static void cancel(job *j) {
     abandon(j);
     if (j->finished == j->n_tasks)
         job_over(j);
+    else
+        drop_arrived(j);
 }
 
 void job_cancel(job *j) {

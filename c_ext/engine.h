@@ -4,6 +4,9 @@
  * Writing:  source --copiers--> staging pool --movers: checksum, write, fsync--> file
  * Reading:  file --movers: read, checksum--> staging pool --the same mover--> destination
  *
+ * What is in memory that no thread here can reach, such as that of a GPU, the job's owner moves
+ * between there and the pool; the chunks are lent to it.
+ *
  * The pool is all the memory an engine uses for data. Copiers wait when it is full. What is moved
  * travels in chunks: stretches of a file that end where the next multiple of the chunk size begins,
  * whatever number of extents they consist of.
@@ -42,9 +45,20 @@ typedef struct {
     void *memory;
     uint64_t offset, length;
     uint32_t file;
+    int elsewhere; /* the owner moves it, see job_borrow; memory is NULL */
 } engine_extent;
 
 typedef enum { JOB_COPIED, JOB_DONE } job_stage;
+
+/* A stretch of the pool, lent to a job's owner. */
+typedef struct task loan;
+
+/* What of an extent that is elsewhere lies in a loan. */
+typedef struct {
+    size_t extent;
+    uint64_t begin;         /* in the extent */
+    uint32_t place, length; /* in the loan */
+} loan_piece;
 
 /* What went wrong first; number 0: nothing. */
 typedef struct {
@@ -68,6 +82,9 @@ void engine_close(engine *e);
 /* "io_uring" or "threads". */
 const char *engine_backend(const engine *e);
 
+/* All of the pool. */
+void *engine_pool(const engine *e, size_t *size);
+
 /* Bytes of the pool that have been in use at the same time, at most. */
 size_t engine_peak(engine *e);
 
@@ -83,6 +100,23 @@ int job_begin(engine *e, int writing, const engine_file *files, uint32_t n_files
 /* Wait for a stage to be reached, at most so many nanoseconds. Returns whether it is. A job that
  * has failed reaches both. */
 int job_wait(job *j, job_stage stage, int64_t nanoseconds);
+
+/*
+ * Lend the owner of a job with extents that are elsewhere the next chunk: when writing, to be
+ * filled; when reading, to be emptied. Waits for it at most so many nanoseconds. `over` says
+ * whether none will come any more. Returns NULL if there is none. Each is to be given back, before
+ * the job is freed.
+ */
+loan *job_borrow(job *j, int64_t nanoseconds, int *over);
+
+/* When writing, what it holds is written, unless the job has failed. */
+void job_give_back(loan *lent);
+
+/* The memory of a loan, and its length. */
+unsigned char *loan_memory(loan *lent, size_t *length);
+
+/* One of what is elsewhere of a loan; from number 0. Returns 0 if there are not as many. */
+int loan_look(const loan *lent, size_t number, loan_piece *found);
 
 job_progress job_look(job *j);
 

@@ -14,12 +14,14 @@
 #define SLICE 50000000ll
 
 typedef struct {
-    PyTypeObject *engine_type, *transfer_type;
+    PyTypeObject *engine_type, *transfer_type, *loan_type;
+    PyObject *elsewhere;
 } module_state;
 
 typedef struct {
     PyObject_HEAD
     engine *engine;
+    PyObject *pin;
     pid_t pid; /* threads do not live on in a forked child */
 } EngineObject;
 
@@ -33,6 +35,15 @@ typedef struct {
     Py_ssize_t n_extents;
     int writing;
 } TransferObject;
+
+typedef struct {
+    PyObject_HEAD
+    TransferObject *transfer;
+    loan *lent; /* NULL once it is given back */
+    unsigned char *memory;
+    size_t length;
+    PyObject *pieces;
+} LoanObject;
 
 /* Whether this is the process the engine's threads run in; else an exception is set. */
 static int at_home(EngineObject *self) {
@@ -117,17 +128,23 @@ static int raise_failure(TransferObject *self) {
     return -1;
 }
 
+/* Seconds or None as nanoseconds. Returns 0, or -1 with an exception. */
+static int parse_timeout(PyObject *timeout, int64_t *nanoseconds) {
+    *nanoseconds = INT64_MAX;
+    if (timeout == Py_None)
+        return 0;
+    double seconds = PyFloat_AsDouble(timeout);
+    if (seconds == -1.0 && PyErr_Occurred())
+        return -1;
+    *nanoseconds = seconds <= 0 ? 0 : seconds > 1e9 ? INT64_MAX : (int64_t)(seconds * 1e9);
+    return 0;
+}
+
 /* Wait for a stage. Returns 1 when it is reached, 0 when time is out, -1 with an exception. */
 static int wait_for(TransferObject *self, job_stage stage, PyObject *timeout) {
-    if (!at_home(self->owner))
+    int64_t left;
+    if (!at_home(self->owner) || parse_timeout(timeout, &left))
         return -1;
-    int64_t left = INT64_MAX;
-    if (timeout != Py_None) {
-        double seconds = PyFloat_AsDouble(timeout);
-        if (seconds == -1.0 && PyErr_Occurred())
-            return -1;
-        left = seconds <= 0 ? 0 : seconds > 1e9 ? INT64_MAX : (int64_t)(seconds * 1e9);
-    }
     for (;;) {
         int64_t slice = left < SLICE ? left : SLICE;
         int reached;
@@ -145,17 +162,18 @@ static int wait_for(TransferObject *self, job_stage stage, PyObject *timeout) {
     }
 }
 
-static PyObject *transfer_wait_copied(TransferObject *self, PyObject *args, PyObject *kwargs) {
+static PyObject *wait_until_reached(TransferObject *self, PyObject *args, PyObject *kwargs,
+                                    job_stage stage) {
     static char *names[] = {"timeout", NULL};
     PyObject *timeout = Py_None;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|O", names, &timeout))
         return NULL;
-    int reached = wait_for(self, JOB_COPIED, timeout);
+    int reached = wait_for(self, stage, timeout);
     if (reached < 0)
         return NULL;
     if (reached) {
-        /* The sources may change and go now. */
-        if (self->writing)
+        /* What was to be written is copied, so the sources may change and go now. */
+        if (self->writing || stage == JOB_DONE)
             release_buffers(self);
         if (raise_failure(self))
             return NULL;
@@ -163,20 +181,12 @@ static PyObject *transfer_wait_copied(TransferObject *self, PyObject *args, PyOb
     return PyBool_FromLong(reached);
 }
 
+static PyObject *transfer_wait_copied(TransferObject *self, PyObject *args, PyObject *kwargs) {
+    return wait_until_reached(self, args, kwargs, JOB_COPIED);
+}
+
 static PyObject *transfer_wait(TransferObject *self, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"timeout", NULL};
-    PyObject *timeout = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|O", names, &timeout))
-        return NULL;
-    int reached = wait_for(self, JOB_DONE, timeout);
-    if (reached < 0)
-        return NULL;
-    if (reached) {
-        release_buffers(self);
-        if (raise_failure(self))
-            return NULL;
-    }
-    return PyBool_FromLong(reached);
+    return wait_until_reached(self, args, kwargs, JOB_DONE);
 }
 
 static PyObject *transfer_progress(TransferObject *self, PyObject *Py_UNUSED(ignored)) {
@@ -217,6 +227,38 @@ static PyObject *transfer_cancel(TransferObject *self, PyObject *Py_UNUSED(ignor
     Py_RETURN_NONE;
 }
 
+static PyObject *loan_of(TransferObject *self, loan *lent);
+
+static PyObject *transfer_borrow(TransferObject *self, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"timeout", NULL};
+    PyObject *timeout = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|O", names, &timeout))
+        return NULL;
+    int64_t left;
+    if (!at_home(self->owner) || parse_timeout(timeout, &left))
+        return NULL;
+    for (;;) {
+        int64_t slice = left < SLICE ? left : SLICE;
+        loan *lent;
+        int over;
+        Py_BEGIN_ALLOW_THREADS
+        lent = job_borrow(self->job, slice, &over);
+        Py_END_ALLOW_THREADS
+        if (lent)
+            return loan_of(self, lent);
+        if (over)
+            Py_RETURN_NONE;
+        if (PyErr_CheckSignals())
+            return NULL;
+        if (left != INT64_MAX)
+            left -= slice;
+        if (left <= 0) {
+            PyErr_SetString(PyExc_TimeoutError, "no chunk can be lent yet");
+            return NULL;
+        }
+    }
+}
+
 PyDoc_STRVAR(transfer_doc,
              "Data on its way between memory and files; made by Engine.write and Engine.read.\n\n"
              "Dropping the last reference cancels what has not been begun.");
@@ -245,6 +287,14 @@ static PyMethodDef transfer_methods[] = {
      PyDoc_STR("checksums($self, /)\n--\n\n"
                "CRC-32C of every extent, in order, once all is done.\n\n"
                "Raises\n------\nValueError: it is not.\nOSError: the transfer has failed.")},
+    {"borrow", (PyCFunction)(void (*)(void))transfer_borrow, METH_VARARGS | METH_KEYWORDS,
+     PyDoc_STR("borrow($self, /, timeout=None)\n--\n\n"
+               "Get a stretch of the pool for what is elsewhere, in a transfer that has such: to\n"
+               "be filled if it writes, else to be emptied.\n\n"
+               "Parameters\n----------\ntimeout: seconds; None waits for ever.\n\n"
+               "Returns\n-------\n"
+               "The Loan; None if none will come any more.\n\n"
+               "Raises\n------\nTimeoutError: time is out.")},
     {"cancel", (PyCFunction)transfer_cancel, METH_NOARGS,
      PyDoc_STR("cancel($self, /)\n--\n\nLeave out what has not been begun.")},
     {NULL, NULL, 0, NULL},
@@ -266,13 +316,131 @@ static PyType_Spec transfer_spec = {
     .slots = transfer_slots,
 };
 
+/* -- Loan ------------------------------------------------------------------------------------- */
+
+static int loan_traverse(LoanObject *self, visitproc visit, void *arg) {
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->transfer);
+    Py_VISIT(self->pieces);
+    return 0;
+}
+
+/* What is lent must come back, or the engine waits for it for ever. */
+static void give_back(LoanObject *self, int useless) {
+    loan *lent = self->lent;
+    self->lent = NULL;
+    if (!lent || self->transfer->owner->pid != getpid())
+        return;
+    job *j = self->transfer->job;
+    Py_BEGIN_ALLOW_THREADS
+    if (useless)
+        job_cancel(j);
+    job_give_back(lent);
+    Py_END_ALLOW_THREADS
+}
+
+static void loan_dealloc(LoanObject *self) {
+    PyObject_GC_UnTrack(self);
+    give_back(self, 1);
+    Py_CLEAR(self->pieces);
+    Py_CLEAR(self->transfer);
+    PyTypeObject *type = Py_TYPE(self);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyObject *loan_pieces(loan *lent) {
+    PyObject *list = PyList_New(0);
+    loan_piece found;
+    for (size_t i = 0; list && loan_look(lent, i, &found); i++) {
+        PyObject *one = Py_BuildValue("nKII", (Py_ssize_t)found.extent,
+                                      (unsigned long long)found.begin, found.place, found.length);
+        if (!one || PyList_Append(list, one))
+            Py_CLEAR(list);
+        Py_XDECREF(one);
+    }
+    return list;
+}
+
+static PyObject *loan_of(TransferObject *transfer, loan *lent) {
+    module_state *state = PyType_GetModuleState(Py_TYPE(transfer));
+    LoanObject *self = (LoanObject *)state->loan_type->tp_alloc(state->loan_type, 0);
+    if (!self) {
+        job_cancel(transfer->job);
+        job_give_back(lent);
+        return NULL;
+    }
+    Py_INCREF(transfer);
+    self->transfer = transfer;
+    self->lent = lent;
+    self->memory = loan_memory(lent, &self->length);
+    self->pieces = loan_pieces(lent);
+    if (!self->pieces)
+        Py_CLEAR(self);
+    return (PyObject *)self;
+}
+
+static PyObject *loan_give_back(LoanObject *self, PyObject *Py_UNUSED(ignored)) {
+    give_back(self, 0);
+    Py_RETURN_NONE;
+}
+
+static PyObject *loan_get_pieces(LoanObject *self, void *Py_UNUSED(closure)) {
+    return Py_NewRef(self->pieces);
+}
+
+static int loan_get_buffer(LoanObject *self, Py_buffer *view, int flags) {
+    if (!self->lent) {
+        view->obj = NULL;
+        PyErr_SetString(PyExc_ValueError, "the loan has been given back");
+        return -1;
+    }
+    return PyBuffer_FillInfo(view, (PyObject *)self, self->memory, (Py_ssize_t)self->length, 0,
+                             flags);
+}
+
+PyDoc_STRVAR(loan_doc, "A stretch of an engine's pool, as a buffer; made by Transfer.borrow.\n\n"
+                       "Dropped without having been given back, it cancels the transfer.");
+
+static PyMethodDef loan_methods[] = {
+    {"give_back", (PyCFunction)loan_give_back, METH_NOARGS,
+     PyDoc_STR("give_back($self, /)\n--\n\n"
+               "It is filled, or emptied; its memory must not be used any more.")},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef loan_getset[] = {
+    {"pieces", (getter)loan_get_pieces, NULL,
+     PyDoc_STR("What is elsewhere: (extent, place in the extent, place in the loan, length)."),
+     NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot loan_slots[] = {
+    {Py_tp_doc, (void *)loan_doc},
+    {Py_tp_dealloc, loan_dealloc},
+    {Py_tp_traverse, loan_traverse},
+    {Py_tp_methods, loan_methods},
+    {Py_tp_getset, loan_getset},
+    {Py_bf_getbuffer, loan_get_buffer},
+    {0, NULL},
+};
+
+static PyType_Spec loan_spec = {
+    .name = "hpcft.ckpt._engine.Loan",
+    .basicsize = sizeof(LoanObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION |
+             Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = loan_slots,
+};
+
 /* -- Engine ----------------------------------------------------------------------------------- */
 
 static PyObject *engine_make(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"pool",      "chunk",    "copiers", "movers", "depth",
                             "bandwidth", "niceness", "cpus",    NULL};
     Py_ssize_t pool = 0, chunk = 4 << 20;
-    int copiers = 2, movers = 2, depth = 4, niceness = 0;
+    int copiers = 2, movers = 4, depth = 4, niceness = 0;
     unsigned long long bandwidth = 0;
     PyObject *cpus = NULL;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "n|$niiiKiO", names, &pool, &chunk, &copiers,
@@ -337,11 +505,14 @@ static PyObject *engine_make(PyTypeObject *type, PyObject *args, PyObject *kwarg
 
 static int engine_traverse(EngineObject *self, visitproc visit, void *arg) {
     Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->pin);
     return 0;
 }
 
 static void close_engine(EngineObject *self) {
     engine *e = self->engine;
+    /* Before the pool goes. */
+    Py_CLEAR(self->pin);
     self->engine = NULL;
     if (e && self->pid == getpid())
         engine_close(e);
@@ -385,6 +556,8 @@ static int out_of_order(const engine_extent *before, const engine_extent *x) {
 /* Take (buffer, file, offset, length) apart, getting hold of the buffers. */
 static int parse_extents(TransferObject *transfer, PyObject *list, engine_extent *extents,
                          Py_ssize_t n_files) {
+    module_state *state = PyType_GetModuleState(Py_TYPE(transfer));
+    PyObject *elsewhere = state->elsewhere;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); i++) {
         PyObject *memory;
         unsigned long long offset, length;
@@ -397,7 +570,7 @@ static int parse_extents(TransferObject *transfer, PyObject *list, engine_extent
         if (!PyArg_ParseTuple(item, "OnKK", &memory, &file, &offset, &length))
             return -1;
         engine_extent *x = &extents[i];
-        *x = (engine_extent){NULL, offset, length, (uint32_t)file};
+        *x = (engine_extent){NULL, offset, length, (uint32_t)file, 0};
         if (file < 0 || file >= n_files) {
             PyErr_Format(PyExc_ValueError, "extent %zd: there is no file %zd", i, file);
             return -1;
@@ -410,7 +583,9 @@ static int parse_extents(TransferObject *transfer, PyObject *list, engine_extent
             PyErr_Format(PyExc_ValueError, "extent %zd lies before the end of the one before", i);
             return -1;
         }
-        if (memory != Py_None) {
+        if (memory == elsewhere) {
+            x->elsewhere = 1;
+        } else if (memory != Py_None) {
             Py_buffer *buffer = &transfer->buffers[i];
             int flags = transfer->writing ? PyBUF_SIMPLE : PyBUF_WRITABLE;
             if (PyObject_GetBuffer(memory, buffer, flags))
@@ -508,8 +683,29 @@ static PyObject *engine_get_peak(EngineObject *self, void *Py_UNUSED(closure)) {
     return usable(self) ? PyLong_FromSize_t(engine_peak(self->engine)) : NULL;
 }
 
+static PyObject *engine_get_pool(EngineObject *self, void *Py_UNUSED(closure)) {
+    if (!usable(self))
+        return NULL;
+    size_t size;
+    void *pool = engine_pool(self->engine, &size);
+    return Py_BuildValue("Nn", PyLong_FromVoidPtr(pool), (Py_ssize_t)size);
+}
+
+static PyObject *engine_get_pin(EngineObject *self, void *Py_UNUSED(closure)) {
+    return Py_NewRef(self->pin ? self->pin : Py_None);
+}
+
+static int engine_set_pin(EngineObject *self, PyObject *pin, void *Py_UNUSED(closure)) {
+    if (!usable(self))
+        return -1;
+    PyObject *before = self->pin;
+    self->pin = Py_XNewRef(pin);
+    Py_XDECREF(before);
+    return 0;
+}
+
 PyDoc_STRVAR(engine_doc,
-             "Engine(pool, *, chunk=4194304, copiers=2, movers=2, depth=4, bandwidth=0,\n"
+             "Engine(pool, *, chunk=4194304, copiers=2, movers=4, depth=4, bandwidth=0,\n"
              "       niceness=0, cpus=None)\n--\n\n"
              "Threads that move memory to files and back, without the interpreter's lock.\n\n"
              "Parameters\n----------\n"
@@ -533,7 +729,8 @@ static PyMethodDef engine_methods[] = {
          "files: (path, descriptor, descriptor with O_DIRECT or -1) each; they may be closed\n"
          "    at once.\n"
          "extents: (buffer or None for zeros, index of the file, offset, length in bytes)\n"
-         "    each, in order of file and offset, without overlap.\n"
+         "    each, in order of file and offset, without overlap. In place of a buffer\n"
+         "    ELSEWHERE: the caller borrows chunks, and brings what is to be written.\n"
          "sync: fsync the files at the end.\n\n"
          "Returns\n-------\nThe Transfer.")},
     {"read", (PyCFunction)(void (*)(void))engine_read, METH_VARARGS | METH_KEYWORDS,
@@ -548,7 +745,11 @@ static PyMethodDef engine_methods[] = {
 };
 
 static PyGetSetDef engine_getset[] = {
+    {"pool", (getter)engine_get_pool, NULL,
+     PyDoc_STR("(address, bytes) of the pool, which is there until the engine is closed."), NULL},
     {"backend", (getter)engine_get_backend, NULL, PyDoc_STR("\"io_uring\" or \"threads\"."), NULL},
+    {"pin", (getter)engine_get_pin, (setter)engine_set_pin,
+     PyDoc_STR("What keeps the pool in place for devices; let go before the pool goes."), NULL},
     {"peak", (getter)engine_get_peak, NULL,
      PyDoc_STR("Bytes of the pool that were in use at the same time, at most."), NULL},
     {NULL, NULL, NULL, NULL, NULL},
@@ -594,7 +795,32 @@ static PyObject *checksum_combined(PyObject *Py_UNUSED(module), PyObject *args) 
     return PyLong_FromUnsignedLong(crc32c_combine(first, second, length));
 }
 
+static PyObject *exclusive_or(PyObject *Py_UNUSED(module), PyObject *args) {
+    Py_buffer into, data;
+    if (!PyArg_ParseTuple(args, "w*y*", &into, &data))
+        return NULL;
+    int fits = into.len >= data.len;
+    if (fits) {
+        Py_BEGIN_ALLOW_THREADS
+        unsigned char *to = into.buf;
+        const unsigned char *from = data.buf;
+        for (Py_ssize_t i = 0; i < data.len; i++)
+            to[i] ^= from[i];
+        Py_END_ALLOW_THREADS
+    } else {
+        PyErr_SetString(PyExc_ValueError, "there is more data than memory");
+    }
+    PyBuffer_Release(&into);
+    PyBuffer_Release(&data);
+    if (!fits)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef module_methods[] = {
+    {"exclusive_or", exclusive_or, METH_VARARGS,
+     PyDoc_STR("exclusive_or($module, into, data, /)\n--\n\n"
+               "Change the first bytes of `into` to the exclusive or of them and `data`.")},
     {"crc32c", checksum_of, METH_VARARGS,
      PyDoc_STR("crc32c($module, data, before=0, /)\n--\n\n"
                "CRC-32C (RFC 3720, appendix B.4) of the data, or of it after data whose checksum\n"
@@ -615,6 +841,12 @@ static int module_exec(PyObject *module) {
     state->transfer_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &transfer_spec, NULL);
     if (!state->transfer_type || PyModule_AddType(module, state->transfer_type))
         return -1;
+    state->loan_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &loan_spec, NULL);
+    if (!state->loan_type || PyModule_AddType(module, state->loan_type))
+        return -1;
+    state->elsewhere = PyObject_CallNoArgs((PyObject *)&PyBaseObject_Type);
+    if (!state->elsewhere || PyModule_AddObjectRef(module, "ELSEWHERE", state->elsewhere))
+        return -1;
     return PyModule_AddStringConstant(module, "CRC32C_BACKEND", crc32c_backend());
 }
 
@@ -622,6 +854,8 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg) {
     module_state *state = PyModule_GetState(module);
     Py_VISIT(state->engine_type);
     Py_VISIT(state->transfer_type);
+    Py_VISIT(state->loan_type);
+    Py_VISIT(state->elsewhere);
     return 0;
 }
 
@@ -629,6 +863,8 @@ static int module_clear(PyObject *module) {
     module_state *state = PyModule_GetState(module);
     Py_CLEAR(state->engine_type);
     Py_CLEAR(state->transfer_type);
+    Py_CLEAR(state->loan_type);
+    Py_CLEAR(state->elsewhere);
     return 0;
 }
 
