@@ -56,6 +56,12 @@ _FLOATS = {"bfloat16": _Float(16, 8, 7, 127), "float8_e5m2": _Float(8, 5, 2, 15)
 #: Kept as bytes, with their name in the attribute ``dtype``.
 _OPAQUE = {"float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"}
 
+_SIZES = (
+    {name: np.dtype(kind).itemsize for name, kind in _NUMPY.items()}
+    | {name: form.size // 8 for name, form in _FLOATS.items()}
+    | dict.fromkeys(_OPAQUE, 1)
+)
+
 
 def item_size(name: str) -> int:
     """Bytes of an element.
@@ -64,9 +70,12 @@ def item_size(name: str) -> int:
     ------
     KeyError: there is no such type.
     """
-    if name in _FLOATS:
-        return _FLOATS[name].size // 8
-    return 1 if name in _OPAQUE else np.dtype(_NUMPY[name]).itemsize
+    return _SIZES[name]
+
+
+def in_numpy(name: str) -> bool:
+    """Whether numpy has the type."""
+    return name in _NUMPY
 
 
 def opaque(name: str) -> bool:

@@ -28,7 +28,11 @@ class OpenFile:
         ------
         OSError: it cannot be opened.
         """
-        return cls._open(path, os.O_RDONLY)
+        file = cls._open(path, os.O_RDONLY)
+        # Another node may have written over what this one has once cached of it, and network file
+        # systems do not all tell.
+        os.posix_fadvise(file.buffered, 0, 0, os.POSIX_FADV_DONTNEED)
+        return file
 
     @classmethod
     def for_writing(cls, path: Path) -> OpenFile:
@@ -114,7 +118,7 @@ def flush_directory(path: Path) -> None:
         os.fsync(fd)
     except OSError as error:
         # Some network file systems have no fsync of directories; there the server sees to it.
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EROFS):
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise
     finally:
         os.close(fd)

@@ -1,12 +1,15 @@
-"""Where everything lies in a checkpoint's file, which is an ordinary HDF5 file.
+"""Where everything lies in a checkpoint's files, which are ordinary HDF5 files.
 
-libhdf5 (by h5py) makes the file once, sparse and without data: datasets are contiguous and have
+libhdf5 (by h5py) makes a file once, sparse and without data: datasets are contiguous and have
 their place from the start, large ones at a multiple of the page size. What it has written is kept;
 the data goes straight to the places. Saving the same shapes again needs no libhdf5 at all: only
 the bytes change, and the checksums, whose places are known as well.
 
-The first page of the file is HDF5's user block, which HDF5 leaves alone; :mod:`hpcft.ckpt.index`
+The first page of a file is HDF5's user block, which HDF5 leaves alone; :mod:`hpcft.ckpt.index`
 puts there what makes a restore independent of libhdf5.
+
+Where each rank writes a file of its own, that has the rank's parts of large leaves, and never
+changes but for their bytes. In the file that is written last such a leaf is a virtual dataset.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +25,7 @@ import h5py
 import numpy as np
 from h5py import h5a, h5d, h5f, h5g, h5p, h5s, h5t
 
-from hpcft.ckpt import dtypes
+from hpcft.ckpt import dtypes, virtual
 from hpcft.ckpt.spec import Spec
 from hpcft.errors import HpcftError
 
@@ -46,8 +49,9 @@ class Layout:
     """A file's plan.
 
     specs: its leaves.
-    places: offset of each leaf's bytes.
-    checksum_places: offset of each leaf's attribute ``crc32c``, four bytes, little-endian.
+    places: offset of each leaf's bytes; 0 for a leaf that has none in this file.
+    checksum_places: offset of each leaf's attribute ``crc32c``, four bytes, little-endian; none in
+        the file of one rank.
     metadata: stretches of what libhdf5 has written, as (offset, bytes), in order.
     size: of the file, in bytes.
     """
@@ -59,29 +63,49 @@ class Layout:
     size: int
 
 
-def make(specs: Sequence[Spec]) -> Layout:
+def make(
+    specs: Sequence[Spec], elsewhere: Mapping[int, Sequence[virtual.Source]] | None = None
+) -> Layout:
     """Plan a file for leaves of these kinds and shapes.
+
+    Parameters
+    ----------
+    elsewhere: the leaves, by number, that are to be virtual datasets, and what they consist of.
 
     Raises
     ------
     LayoutError: libhdf5 does not do as expected.
     """
+    places, metadata, size = _plan(specs, elsewhere or {}, summed=True)
+    return Layout(tuple(specs), places, _checksum_places(metadata, len(specs)), metadata, size)
+
+
+def make_shard(specs: Sequence[Spec]) -> Layout:
+    """Plan a file for parts of leaves, each one-dimensional, without attributes."""
+    places, metadata, size = _plan(specs, {}, summed=False)
+    return Layout(tuple(specs), places, (), metadata, size)
+
+
+def _plan(
+    specs: Sequence[Spec], elsewhere: Mapping[int, Sequence[virtual.Source]], summed: bool
+) -> tuple[tuple[int, ...], tuple[tuple[int, bytes], ...], int]:
+    """Places, metadata and size of a :class:`Layout`."""
     with _scratch_folder() as folder:
         path = Path(folder) / "layout.h5"
-        places = _create(path, specs)
+        places = _create(path, specs, elsewhere, summed)
         with path.open("rb") as file:
             fd = file.fileno()
             size = os.fstat(fd).st_size
             data = sorted(
                 (place, place + spec.nbytes)
                 for place, spec in zip(places, specs, strict=True)
-                if spec.nbytes
+                if place
             )
             metadata = tuple(
                 (begin, os.pread(fd, end - begin, begin))
                 for begin, end in _without(_written(fd, size), data)
             )
-    return Layout(tuple(specs), places, _checksum_places(metadata, len(specs)), metadata, size)
+    return places, metadata, size
 
 
 def _scratch_folder() -> tempfile.TemporaryDirectory[str]:
@@ -92,32 +116,48 @@ def _scratch_folder() -> tempfile.TemporaryDirectory[str]:
     )
 
 
-def _create(path: Path, specs: Sequence[Spec]) -> tuple[int, ...]:
+def _create(
+    path: Path,
+    specs: Sequence[Spec],
+    elsewhere: Mapping[int, Sequence[virtual.Source]],
+    summed: bool,
+) -> tuple[int, ...]:
     creation = h5p.create(h5p.FILE_CREATE)
     creation.set_userblock(PAGE)
     access = h5p.create(h5p.FILE_ACCESS)
     access.set_alignment(LARGE, PAGE)
     access.set_meta_block_size(_METADATA_BLOCK)
     # Object headers of the later format have checksums of their own, which ours would spoil.
-    access.set_libver_bounds(h5f.LIBVER_EARLIEST, h5f.LIBVER_V18)
+    # Virtual datasets came with 1.10.
+    newest = h5f.LIBVER_V110 if elsewhere else h5f.LIBVER_V18
+    access.set_libver_bounds(h5f.LIBVER_EARLIEST, newest)
     # Written and closed when we say so, whatever Python still holds.
     access.set_fclose_degree(h5f.CLOSE_STRONG)
     file = h5f.create(os.fsencode(path), h5f.ACC_TRUNC, creation, access)
     try:
-        return _fill(file, specs)
+        return _fill(file, specs, elsewhere, summed)
     finally:
         file.close()
 
 
-def _fill(file: h5f.FileID, specs: Sequence[Spec]) -> tuple[int, ...]:
-    how = h5p.create(h5p.DATASET_CREATE)
+def _fill(
+    file: h5f.FileID,
+    specs: Sequence[Spec],
+    elsewhere: Mapping[int, Sequence[virtual.Source]],
+    summed: bool,
+) -> tuple[int, ...]:
+    plain = h5p.create(h5p.DATASET_CREATE)
+    plain.set_obj_track_times(False)
+    how = plain.copy()
     how.set_layout(h5d.CONTIGUOUS)
     how.set_alloc_time(h5d.ALLOC_TIME_EARLY)
     how.set_fill_time(h5d.FILL_TIME_NEVER)
-    how.set_obj_track_times(False)
     scalar = h5s.create(h5s.SCALAR)
     groups: dict[str, h5g.GroupID] = {"": h5g.open(file, b"/")}
+    # To make objects of h5py takes as long as what libhdf5 does with them.
+    spaces: dict[tuple[int, ...], h5s.SpaceID] = {(): scalar}
     kinds: dict[str, h5t.TypeID] = {}
+    stamp = np.zeros((), "<u4")
 
     def group(path: str) -> h5g.GroupID:
         if path not in groups:
@@ -128,14 +168,23 @@ def _fill(file: h5f.FileID, specs: Sequence[Spec]) -> tuple[int, ...]:
     places = []
     for number, spec in enumerate(specs):
         parent, _, name = spec.path.rpartition("/")
-        space = h5s.create_simple(spec.shape) if spec.shape else scalar
-        if spec.kind == "str" and spec.nbytes:
-            kind, space = _text_type(spec.nbytes), scalar
+        if number in elsewhere:
+            sources = elsewhere[number]
+            dataset = virtual.create(group(parent), name, spec, sources, plain)
+            places.append(0)
         else:
-            if spec.dtype not in kinds:
-                kinds[spec.dtype] = dtypes.hdf5_type(spec.dtype)
-            kind = kinds[spec.dtype]
-        dataset = h5d.create(group(parent), name.encode(), kind, space, how)
+            if spec.kind == "str" and spec.nbytes:
+                kind, space = _text_type(spec.nbytes), scalar
+            else:
+                if spec.dtype not in kinds:
+                    kinds[spec.dtype] = dtypes.hdf5_type(spec.dtype)
+                if spec.shape not in spaces:
+                    spaces[spec.shape] = h5s.create_simple(spec.shape)
+                kind, space = kinds[spec.dtype], spaces[spec.shape]
+            dataset = h5d.create(group(parent), name.encode(), kind, space, how)
+            places.append(dataset.get_offset() or 0)
+        if not summed:
+            continue
         if spec.kind != "tensor":
             _note(dataset, "kind", spec.kind)
         if dtypes.opaque(spec.dtype):
@@ -143,8 +192,8 @@ def _fill(file: h5f.FileID, specs: Sequence[Spec]) -> tuple[int, ...]:
         # The last, for others would move it and leave a copy behind. For now it is the leaf's
         # number, by which its place is found again.
         attribute = h5a.create(dataset, _CHECKSUM, h5t.STD_U32LE, scalar)
-        attribute.write(np.array(number, "<u4"))
-        places.append(dataset.get_offset() or 0)
+        stamp[()] = number
+        attribute.write(stamp, h5t.STD_U32LE)
     return tuple(places)
 
 

@@ -1,87 +1,69 @@
 """Saving a state while training goes on.
 
+In the shared layout all ranks write to one file. In the other each writes a file of its own, and
+rank 0 besides the one that says where everything is.
+
 In every rank, at the same step::
 
-    begin       agree on a layout and a directory aside; hand this rank's parts to the engine
+    begin       agree on a layout and a directory aside; exchange what others write of this rank's
+                shards; hand this rank's parts to the engine
     (copied)    the state may change again
     advance     at later step edges: is everybody's part on disk?  (one small agreement each)
     gather      when it is: rank 0 gets all checksums; the others are through
     (commit)    rank 0, in a thread of its own: metadata and checksums, flush, rename
 
-A save that fails in one rank is dropped by all; what was committed before stays.
+A save that fails in one rank is dropped by all; what was committed before stays. A file system that
+does not answer fails a save as well, where somebody would have to wait for it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-import numpy as np
-
-from hpcft.ckpt import index, layout, plan
-from hpcft.ckpt._engine import Engine, Transfer, crc32c
-from hpcft.ckpt.files import OpenFile
+from hpcft.ckpt import device, exchange, filesystem, plan, planning
+from hpcft.ckpt._engine import Engine, Transfer
+from hpcft.ckpt.collector import paused
+from hpcft.ckpt.device import Bytes, Ferry
+from hpcft.ckpt.errand import Errand
+from hpcft.ckpt.files import OpenFile, flush_directory
+from hpcft.ckpt.filesystem import Choice
 from hpcft.ckpt.index import OWN
-from hpcft.ckpt.layout import PAGE, Layout
-from hpcft.ckpt.spec import Node, Spec
-from hpcft.ckpt.store import STATE, Checkpoint, Store
-from hpcft.ckpt.tree import Leaf, flatten
+from hpcft.ckpt.plan import Part
+from hpcft.ckpt.planning import Move, Plan, Shape, Unplannable
+from hpcft.ckpt.ranks import Ranks
+from hpcft.ckpt.store import STATE, Checkpoint, files
+from hpcft.ckpt.tree import flatten
 from hpcft.errors import HpcftError
+
+T = TypeVar("T")
+
+#: Seconds between two looks at a transfer that is waited for.
+_LOOK = 0.2
+
+
+class Shelf(Protocol):
+    """Where checkpoints are kept: :class:`hpcft.ckpt.store.Store`, or one near the ranks."""
+
+    path: Path
+
+    def begin(self, step: int) -> Path:
+        """Make a directory for one of ``step``; in rank 0."""
+
+    def join(self, folder: Path, own: str | None) -> None:
+        """See in another rank that it is there, and there room for ``own``, a file in it."""
+
+    def commit(
+        self, folder: Path, step: int, metrics: Mapping[str, float] | None = None
+    ) -> Checkpoint:
+        """Its files are written; in rank 0."""
 
 
 class SaveFailed(HpcftError):
     """A checkpoint could not be written; the ones before it are as they were."""
-
-
-class Ranks(Protocol):
-    """The ranks that save together. All calls are collective."""
-
-    rank: int
-    size: int
-
-    def share(self, value: Any) -> Any:
-        """Rank 0's value, in all."""
-
-    def least(self, number: int) -> int:
-        """The least of all ranks' numbers."""
-
-    def gather(self, value: Any) -> list[Any]:
-        """All ranks' values, by rank, in rank 0; nothing in the others."""
-
-
-class Alone:
-    """A process that saves by itself."""
-
-    rank = 0
-    size = 1
-
-    def share(self, value: Any) -> Any:
-        return value
-
-    def least(self, number: int) -> int:
-        return number
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """What does not change as long as the shapes of the state do not.
-
-    shape: structure and leaves of the state.
-    text: the index's JSON.
-    own: numbers of the leaves index, places and checksums.
-    """
-
-    shape: tuple[Node, list[Spec]]
-    layout: Layout
-    text: bytes
-    own: tuple[int, int, int]
 
 
 class Saver:
@@ -92,30 +74,68 @@ class Saver:
     store: where to.
     ranks: who takes part.
     engine: does the work.
+    patience: seconds to wait for a file system that gets nothing done.
+    layout: of the files; rank 0's counts.
+
+    Attributes
+    ----------
+    chosen: in rank 0 the layout of the last save, and why.
     """
 
-    def __init__(self, store: Store, ranks: Ranks, engine: Engine) -> None:
+    def __init__(
+        self,
+        store: Shelf,
+        ranks: Ranks,
+        engine: Engine,
+        patience: float = 120.0,
+        layout: Choice = "shared",
+    ) -> None:
         self.store = store
         self.engine = engine
         self.ranks = ranks
-        self._planned: _Planned | None = None
-        #: Of a save that was dropped, and may still be writing to a file the next one gets.
-        self.leftover: Transfer | None = None
+        self.patience = patience
+        self.chosen: tuple[filesystem.Layout, str] | None = None
+        self._layout = layout
+        self._planned: Plan | None = None
+        #: The last call to the file system.
+        self.errand: Errand[Any] | None = None
 
     def regroup(self, ranks: Ranks) -> None:
         """Go on with other ranks."""
         self.ranks = ranks
         self._planned = None
 
+    @property
+    def hangs(self) -> bool:
+        """Whether the file system has not answered the last call yet."""
+        return self.errand is not None and not self.errand.done
+
+    def send(self, call: Callable[[], T]) -> T:
+        """Call the file system, and wait for it as long as there is patience.
+
+        Raises
+        ------
+        OSError: it fails, or does not answer.
+        """
+        self.errand = errand = Errand(call)
+        return errand.result(self.patience)
+
+    @paused()
     def begin(
-        self, step: int, tree: dict[str, Any], committed: Callable[[Checkpoint], None] | None = None
+        self,
+        step: int,
+        tree: dict[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        committed: Callable[[Checkpoint], None] | None = None,
     ) -> Save:
         """Begin to save; collective.
 
         Parameters
         ----------
         step: steps completed.
-        tree: the state; equal in all ranks. It must not change until :meth:`Save.wait_copied`.
+        tree: the state; equal in all ranks, but for the shards in it. It must not change until
+            :meth:`Save.wait_copied`.
+        metrics: numbers that belong to the step, such as the loss; rank 0's are kept.
         committed: called in rank 0, in another thread, when the checkpoint is committed.
 
         Raises
@@ -126,64 +146,59 @@ class Saver:
         ranks = self.ranks
         if OWN in tree:
             raise HpcftError(f"a state cannot have a part called {OWN!r}", "choose another")
-        if self.leftover:
-            with contextlib.suppress(OSError):
-                self.leftover.wait()
-            self.leftover = None
         structure, leaves = flatten(tree)
-        planned = self._plan(structure, [leaf.spec for leaf in leaves])
+        shards = {i: leaf.shard for i, leaf in enumerate(leaves) if leaf.shard is not None}
+        planned = self._plan(Shape(structure, [leaf.spec for leaf in leaves], shards))
         aside, why = None, ""
         if ranks.rank == 0:
             try:
-                aside = self.store.begin()
-                with OpenFile.for_writing(aside / STATE) as file:
-                    file.resize(planned.layout.size)
+                aside = self.send(lambda: self._aside(planned, step))
             except OSError as error:
                 why = str(error)
-        aside, why = ranks.share((aside, why))
-        if aside is None:
+        name, why = ranks.share((aside and aside.name, why))
+        if name is None:
             raise SaveFailed(f"no checkpoint of step {step}: {why}")
-        return Save(self, planned, step, leaves, aside, committed)
+        folder = self.store.path / name
+        memories = {leaf: leaves[leaf].memory for leaf in shards}
+        sections = exchange.sections(ranks.rank, planned.cut, planned.common, memories)
+        exchange.collect(ranks, planned.common, sections, memories)
+        pieces: list[tuple[Part, Bytes]] = [
+            (part, leaves[part.leaf].memory[part.begin : part.end]) for part in planned.whole
+        ]
+        pieces += [piece for section in sections.values() for piece in section.pieces]
+        return Save(self, planned, step, pieces, folder, dict(metrics or {}), committed)
 
-    def _plan(self, structure: Node, specs: list[Spec]) -> _Planned:
-        ranks, shape = self.ranks, (structure, specs)
-        if not ranks.least(int(self._planned is not None and self._planned.shape == shape)):
-            # Rank 0's plan is everybody's, for another version of HDF5 may come to another.
-            self._planned = ranks.share(_make(structure, specs) if ranks.rank == 0 else None)
-            assert self._planned is not None
-            if not ranks.least(int(self._planned.shape == shape)):
-                self._planned = None
-                raise HpcftError(
-                    "the ranks' states differ in names or shapes, and cannot be one checkpoint",
-                    "track only what is the same in all ranks",
-                )
-        assert self._planned is not None
+    def _aside(self, planned: Plan, step: int) -> Path:
+        aside = self.store.begin(step)
+        for stale in files(aside):
+            # Of an earlier checkpoint, which more ranks have written.
+            if stale.name not in planned.master.files:
+                stale.unlink()
+        with OpenFile.for_writing(aside / STATE) as file:
+            file.resize(planned.master.layout.size)
+        return aside
+
+    def _plan(self, shape: Shape) -> Plan:
+        known = self._planned
+        if self.ranks.least(int(known is not None and known.shape == shape)):
+            assert known is not None
+            return known
+        self._planned = None
+        apart = self.ranks.share(self._apart() if self.ranks.rank == 0 else None)
+        try:
+            self._planned = planning.make(self.ranks, shape, apart)
+        except Unplannable as error:
+            raise SaveFailed(error.message) from error
         return self._planned
 
-
-def _make(structure: Node, specs: list[Spec]) -> _Planned:
-    count = len(specs) + 3
-    text = b""
-    # Its own length is part of it.
-    while len(text) != len(again := index.encode(*_with_own(structure, specs, len(text)))):
-        text = again
-    _, all_specs = _with_own(structure, specs, len(text))
-    own = (count - 3, count - 2, count - 1)
-    return _Planned((structure, specs), layout.make(all_specs), again, own)
-
-
-def _with_own(structure: Node, specs: list[Spec], length: int) -> tuple[Node, list[Spec]]:
-    """Structure and leaves with those that describe them."""
-    count = len(specs)
-    own = [
-        Spec(f"/{OWN}/index", "ndarray", "uint8", (length,)),
-        Spec(f"/{OWN}/places", "ndarray", "uint64", (count + 3,)),
-        Spec(f"/{OWN}/checksums", "ndarray", "uint32", (count + 3,)),
-    ]
-    node = ["dict", [["index", count], ["places", count + 1], ["checksums", count + 2]]]
-    assert isinstance(structure, list)
-    kind, items = structure
-    return [kind, [*items, [OWN, node]]], [*specs, *own]
+    def _apart(self) -> bool:
+        """Whether each rank writes a file of its own."""
+        try:
+            chosen = self.send(lambda: filesystem.choose(self._layout, self.store.path))
+        except OSError as error:
+            chosen = "shared", f"its file system cannot be told: {error}"
+        self.chosen = chosen
+        return chosen[0] == "per-rank"
 
 
 class Save:
@@ -192,69 +207,132 @@ class Save:
     Attributes
     ----------
     step: of the state that is saved.
+    folder: where it is written.
     over: this rank has no further part in it.
     """
 
     def __init__(
         self,
         saver: Saver,
-        planned: _Planned,
+        planned: Plan,
         step: int,
-        leaves: list[Leaf],
-        aside: Path,
+        pieces: list[tuple[Part, Bytes]],
+        folder: Path,
+        metrics: dict[str, float],
         committed: Callable[[Checkpoint], None] | None,
     ) -> None:
         self.step = step
         self.over = False
         self._saver = saver
         self._planned = planned
-        self._aside = aside
+        self.folder = folder
+        self._metrics = metrics
         self._committed = committed
-        self._thread: threading.Thread | None = None
+        self._errand: Errand[None] | None = None
+        self._seen = (-1, time.monotonic())
         self._error: BaseException | None = None
-        ranks = saver.ranks
-        specs = planned.layout.specs
-        self._parts = [
-            part
-            for part in plan.share(specs, ranks.rank, ranks.size)
-            if part.leaf not in planned.own
-        ]
-        self._transfer: Transfer | None = self._hand_over(leaves)
+        self._transfer: Transfer | None = None
+        names, moves = planned.moves(pieces)
+        #: What each of the engine's extents is, None for what is no part of the state.
+        self._moved = [move.part for move in moves]
+        # Here, in the thread whose work makes the state what it is to be.
+        self._ferry = Ferry(saver.engine, [move.memory for move in moves], writing=True)
+        self._hand_over(names, moves)
 
-    def _hand_over(self, leaves: list[Leaf]) -> Transfer | None:
-        places = self._planned.layout.places
-        self._order = sorted(self._parts, key=lambda part: places[part.leaf] + part.begin)
-        fill = plan.fillers(self._planned.layout, self._order)
-        extents: list[tuple[Any, int, int, int]] = [
-            (
-                leaves[part.leaf].memory[part.begin : part.end],
-                0,
-                places[part.leaf] + part.begin,
-                part.end - part.begin,
-            )
-            for part in self._order
-        ] + [(None, 0, offset, length) for offset, length in fill]
-        numbers = sorted(range(len(extents)), key=lambda i: extents[i][2])
-        self._sums_at = {n: i for i, n in enumerate(numbers)}
+    def _hand_over(self, names: list[str], moves: list[Move]) -> None:
+        own = self._planned.own
+        extents = [
+            (device.for_engine(move.memory), move.file, move.offset, move.length) for move in moves
+        ]
+
+        def begin() -> None:
+            self._saver.store.join(self.folder, own.name if own else None)
+            with ExitStack() as opened:
+                targets = [opened.enter_context(self._open(name)) for name in names]
+                if not self.over:
+                    engine = self._saver.engine
+                    self._transfer = engine.write([t.for_engine for t in targets], extents)
+
         try:
-            with OpenFile.for_writing(self._aside / STATE) as file:
-                return self._saver.engine.write([file.for_engine], [extents[n] for n in numbers])
+            self._saver.send(begin)
         except OSError as error:
             self._error = error
-            return None
+        if self._ferry.needed and (transfer := self._transfer):
+            ferry = self._ferry
+            Errand(lambda: ferry.run(transfer))
 
-    def wait_copied(self) -> None:
-        """Wait until the state may change again."""
-        if self._transfer:
+    def _open(self, name: str) -> OpenFile:
+        path = self.folder / name
+        if name == STATE:
+            return OpenFile.for_writing(path)
+        new = not path.exists()
+        file = OpenFile.for_writing(path)
+        try:
+            assert self._planned.own is not None
+            file.resize(self._planned.own.layout.size)
+            if new:
+                # Rank 0 flushes the directory as well; but there are file systems where a node can
+                # only flush the names that it has made itself.
+                flush_directory(self.folder)
+        except OSError:
+            file.close()
+            raise
+        return file
+
+    def wait_copied(self, in_order: bool = False) -> None:
+        """Wait until the state may change again.
+
+        With a staging pool that is smaller than this rank's parts that takes some writing; if
+        nothing gets written, the save fails in this rank.
+
+        Parameters
+        ----------
+        in_order: it is enough that what this thread has devices do from now on comes after the
+            copying.
+        """
+        in_order = in_order and self._ferry.needed
+        while self._transfer and not self._error:
             try:
-                self._transfer.wait_copied()
+                wait = self._ferry.wait_begun if in_order else self._transfer.wait_copied
+                if wait(_LOOK):
+                    break
+                self._see()
             except OSError as error:
-                self._error = error
+                self._error = self._why(error)
+                # The engine lets go of the state.
+                self._transfer.cancel()
+        if in_order:
+            self._ferry.lead()
+
+    def _why(self, error: OSError) -> Exception:
+        """The cause of a transfer's failure."""
+        return self._ferry.error or error
+
+    def _see(self) -> None:
+        """See whether the transfer comes further.
+
+        Raises
+        ------
+        TimeoutError: it has not for too long.
+        """
+        assert self._transfer is not None
+        _, copied, moved, _ = self._transfer.progress()
+        now, (before, since) = time.monotonic(), self._seen
+        if copied + moved != before:
+            self._seen = (copied + moved, now)
+        elif now - since > self._saver.patience:
+            patience = self._saver.patience
+            raise TimeoutError(f"the file system has written nothing for {patience:g} s")
+
+    @property
+    def moved(self) -> int:
+        """Bytes this rank has written."""
+        return self._transfer.progress()[2] if self._transfer else 0
 
     @property
     def settled(self) -> bool:
         """Whether this rank is through, and, where it commits, has done so or failed."""
-        return self.over and not (self._thread and self._thread.is_alive())
+        return self.over and (self._errand is None or self._errand.done)
 
     def drop(self) -> None:
         """Give it up, unless the commit has begun.
@@ -266,10 +344,15 @@ class Save:
         self.over = True
         if self._transfer:
             self._transfer.cancel()
-        self._saver.leftover, self._transfer = self._transfer, None
+        self._transfer = None
 
-    def advance(self) -> bool:
+    def advance(self, waiting: bool = False) -> bool:
         """See whether all ranks have written their parts; collective until this rank is through.
+
+        Parameters
+        ----------
+        waiting: nothing else is being done: a file system that gets nothing written for too long
+            fails the save.
 
         Returns
         -------
@@ -282,7 +365,7 @@ class Save:
         if self.over:
             return True
         ranks = self._saver.ranks
-        status = self._status()
+        status = self._status(waiting)
         worst = ranks.least(status)
         if worst < 0:
             self.drop()
@@ -294,88 +377,51 @@ class Save:
         self._gather()
         return True
 
-    def _status(self) -> int:
+    def _status(self, waiting: bool) -> int:
         """-1 failed, 0 under way, 1 written."""
         if self._error or self._transfer is None:
             return -1
         try:
-            return int(self._transfer.wait(0))
+            if self._transfer.wait(0):
+                return 1
+            if waiting:
+                self._see()
+            else:
+                self._seen = (-1, time.monotonic())
+            return 0
         except OSError as error:
-            self._error = error
+            self._error = self._why(error)
             return -1
 
+    @paused()
     def _gather(self) -> None:
         assert self._transfer is not None
         sums = self._transfer.checksums()
-        own = [plan.Summed(part, sums[self._sums_at[i]]) for i, part in enumerate(self._order)]
+        own = [plan.Summed(part, s) for part, s in zip(self._moved, sums, strict=True) if part]
         everybodys = self._saver.ranks.gather(own)
         self._transfer = None
         self.over = True
         if self._saver.ranks.rank == 0:
             summed = [one for ranks_own in everybodys for one in ranks_own]
-            self._thread = threading.Thread(
-                target=self._commit, args=(summed,), name="hpcft-commit", daemon=True
-            )
-            self._thread.start()
+            self._errand = self._saver.errand = Errand(lambda: self._commit(summed))
 
     def _commit(self, summed: list[plan.Summed]) -> None:
-        try:
-            extents = _last(self._planned, self.step, summed)
-            with OpenFile.for_writing(self._aside / STATE) as file:
-                self._saver.engine.write([file.for_engine], extents).wait()
-            checkpoint = self._saver.store.commit(self._aside, self.step)
-            if self._committed:
-                self._committed(checkpoint)
-        except BaseException as error:
-            self._error = error
+        extents = self._planned.master.seal(self.step, summed)
+        with OpenFile.for_writing(self.folder / STATE) as file:
+            self._saver.engine.write([file.for_engine], extents).wait()
+        checkpoint = self._saver.store.commit(self.folder, self.step, self._metrics)
+        if self._committed:
+            self._committed(checkpoint)
 
-    def finish(self, timeout: float | None = None) -> None:
+    def finish(self) -> None:
         """Wait for the commit, in the rank that makes it, once :meth:`advance` says through.
 
         Raises
         ------
         SaveFailed: it failed.
         """
-        if self._thread:
-            self._thread.join(timeout)
-        if self._error:
-            raise SaveFailed(f"no checkpoint of step {self.step}: {self._error}") from self._error
-
-
-def _last(
-    planned: _Planned, step: int, summed: list[plan.Summed]
-) -> list[tuple[Any, int, int, int]]:
-    """What is written when all checksums are known, as extents for the engine."""
-    made = planned.layout
-    sums = plan.combine(made.specs, summed)
-    text_at, places_at, sums_at = planned.own
-    places = np.array(made.places, "<u8").tobytes()
-    sums[text_at], sums[places_at] = crc32c(planned.text), crc32c(places)
-    # A checksum cannot be among what it is of; in the list its own is 0.
-    checksums = np.array(sums, "<u4").tobytes()
-    contents = {text_at: planned.text, places_at: places, sums_at: checksums}
-    stretches = {
-        leaf: index.Stretch(made.places[leaf], len(content), crc32c(content))
-        for leaf, content in contents.items()
-    }
-    sums[sums_at] = stretches[sums_at].checksum
-    header = index.Header(
-        made.size, step, stretches[text_at], stretches[places_at], stretches[sums_at]
-    ).encode()
-    extents = [(header.ljust(PAGE, b"\0"), 0, 0, PAGE)]
-    extents += [(content, 0, made.places[leaf], len(content)) for leaf, content in contents.items()]
-    extents += [
-        (bytes(content), 0, offset, len(content)) for offset, content in _patched(made, sums)
-    ]
-    return sorted(extents, key=lambda extent: extent[2])
-
-
-def _patched(made: Layout, sums: list[int]) -> list[tuple[int, bytearray]]:
-    """The metadata with every leaf's checksum in its attribute."""
-    stretches = [(offset, bytearray(content)) for offset, content in made.metadata]
-    starts = np.array([offset for offset, _ in stretches])
-    where = np.searchsorted(starts, made.checksum_places, side="right") - 1
-    for leaf, (number, place) in enumerate(zip(where, made.checksum_places, strict=True)):
-        offset, content = stretches[number]
-        content[place - offset : place - offset + 4] = sums[leaf].to_bytes(4, "little")
-    return stretches
+        try:
+            if self._errand:
+                self._errand.result(self._saver.patience)
+        except Exception as error:
+            raise SaveFailed(f"no checkpoint of step {self.step}: {error}") from error

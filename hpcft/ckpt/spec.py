@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from hpcft.ckpt import dtypes
@@ -33,7 +34,4 @@ class Spec:
 
     @property
     def nbytes(self) -> int:
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count * dtypes.item_size(self.dtype)
+        return prod(self.shape) * dtypes.item_size(self.dtype)

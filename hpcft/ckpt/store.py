@@ -2,30 +2,67 @@
 
 ::
 
-    step-000000000120/state.h5     a committed checkpoint, of 120 steps
-    .aside-3f2a91c0/state.h5       one being written, or one no longer wanted
+    step-000000000120/state.h5        a committed checkpoint, of 120 steps
+    step-000000000120/shard-00003.h5  rank 3's part of it, if each rank writes a file of its own
+    step-000000000120/metrics.json    what the script said of itself then, such as its loss
+    .aside-3f2a91c0/state.h5          one being written, or left unfinished
+    .old-5b07d1e4/state.h5            one no longer wanted
+    .near                             there may be newer ones near the ranks
+    .lock                             of who writes here (:mod:`hpcft.ckpt.lock`)
 
 A checkpoint is written aside, flushed (file, then directory), and renamed, which is the commit; and
 the directory is flushed, so that the name is there after a power cut. One that is not wanted any
-more is renamed aside first. So what a kill or a power cut leaves is a name of either kind, and what
-lies aside is nobody's.
+more is renamed first, and written over by the next. So what a kill or a power cut leaves is a name
+of one of these kinds, and only the first is somebody's.
+
+What was left unfinished is never written over, but deleted: a node that was cut off, or a process
+that hangs in the kernel, may still write to its file, at whatever time its file system lets it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
+import os
 import re
 import secrets
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpcft.ckpt.files import flush_directory
+from hpcft.ckpt.lock import Lock, Standing
 from hpcft.errors import HpcftError
 
-#: The file of a checkpoint that holds the state.
+#: The file of a checkpoint that holds the state, or says where it is.
 STATE = "state.h5"
+_METRICS = "metrics.json"
 _COMMITTED = re.compile(r"step-(\d{12,})(?:\.(\d+))?")
-_ASIDE = ".aside-"
+_ASIDE, _OLD = ".aside-", ".old-"
+_NEAR = ".near"
+
+
+def shard(rank: int) -> str:
+    """The name of the file that a rank by itself writes."""
+    return f"shard-{rank:05d}.h5"
+
+
+def writer(name: str) -> int:
+    """The rank that has written a file so called; 0 for one that all have."""
+    found = re.fullmatch(r"shard-(\d+)\.h5", name)
+    return int(found[1]) if found else 0
+
+
+def files(directory: Path) -> list[Path]:
+    """The files of the checkpoint that lies, or is being written, in a directory.
+
+    Raises
+    ------
+    OSError: there is no such directory.
+    """
+    return sorted(e for e in directory.iterdir() if e.suffix == ".h5")
 
 
 @dataclass(frozen=True, order=True)
@@ -44,17 +81,31 @@ class Checkpoint:
     def state(self) -> Path:
         return self.path / STATE
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Metrics of its step, by name; none if the file cannot be read."""
+        try:
+            said = json.loads((self.path / _METRICS).read_bytes())
+            return {str(name): float(value) for name, value in said.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
+
 
 class Store:
     """The checkpoints under ``path``, which is made if it does not exist.
+
+    Parameters
+    ----------
+    lock: without which nothing is begun or removed; None if nobody else can be writing here.
 
     Raises
     ------
     HpcftError: it cannot be made.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lock: Lock | None = None) -> None:
         self.path = path
+        self._lock = lock
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -70,14 +121,23 @@ class Store:
                 found.append(Checkpoint(int(match[1]), int(match[2] or 1), entry))
         return sorted(found)
 
-    def begin(self) -> Path:
-        """A directory aside to write a checkpoint into; one lying about is used again.
+    def begin(self, step: int) -> Path:
+        """A directory aside to write a checkpoint into; one that is not wanted any more will do.
+
+        It gets its name by ``step`` when it is committed.
 
         Its file may exist, of whatever size and content: writing over it is faster than making it
-        anew, for its blocks are there.
+        anew, for its blocks are there. What lies unfinished is deleted.
+
+        Raises
+        ------
+        OSError: it cannot be made, or another run is writing here.
         """
-        aside = self._new_aside()
-        for entry in self._aside():
+        self._see_lock()
+        for entry in self.aside():
+            self._delete(entry)
+        aside = self._new(_ASIDE)
+        for entry in self._named(_OLD):
             try:
                 entry.rename(aside)
             except OSError:
@@ -86,21 +146,52 @@ class Store:
         aside.mkdir()
         return aside
 
-    def commit(self, aside: Path, step: int) -> Checkpoint:
+    def join(self, folder: Path, own: str | None) -> None:
+        """Every rank sees the directory that one has made."""
+
+    def commit(
+        self, folder: Path, step: int, metrics: Mapping[str, float] | None = None
+    ) -> Checkpoint:
         """Make what lies aside, its files flushed, the newest checkpoint of ``step``.
 
         Raises
         ------
         OSError: it could not be made durable; it is not committed then.
         """
-        flush_directory(aside)
+        finite = {k: v for k, v in (metrics or {}).items() if math.isfinite(v)}
+        with (folder / _METRICS).open("w") as file:
+            json.dump(finite, file)
+            file.flush()
+            os.fsync(file.fileno())
+        flush_directory(folder)
         editions = [c.edition for c in self.committed() if c.step == step]
         edition = max(editions, default=0) + 1
         name = f"step-{step:012d}" + (f".{edition}" if edition > 1 else "")
         target = self.path / name
-        aside.rename(target)
+        folder.rename(target)
         flush_directory(self.path)
         return Checkpoint(step, edition, target)
+
+    @property
+    def has_near(self) -> bool:
+        """Whether there may be checkpoints near the ranks, which belong to those here.
+
+        Who deletes this directory to start from the beginning does not know of them.
+
+        Raises
+        ------
+        OSError: it cannot be told.
+        """
+        return (self.path / _NEAR).exists()
+
+    def note_near(self) -> None:
+        """There may be from now on.
+
+        Raises
+        ------
+        OSError: that cannot be written down.
+        """
+        (self.path / _NEAR).touch()
 
     def discard(self, checkpoint: Checkpoint) -> Path:
         """Uncommit a checkpoint; its blocks serve the next.
@@ -113,10 +204,10 @@ class Store:
         ------
         OSError: it cannot be renamed.
         """
-        return checkpoint.path.rename(self._new_aside())
+        return checkpoint.path.rename(self._new(_OLD))
 
     def remove(self, checkpoint: Checkpoint) -> None:
-        """Uncommit a checkpoint and delete it; what else lies aside is left alone.
+        """Uncommit a checkpoint and delete it; what else lies about is left alone.
 
         Raises
         ------
@@ -125,12 +216,31 @@ class Store:
         shutil.rmtree(self.discard(checkpoint), ignore_errors=True)
 
     def sweep(self, keep: int = 0) -> None:
-        """Remove what lies aside, but for ``keep`` of it. Nobody may be writing."""
-        for entry in self._aside()[keep:]:
-            shutil.rmtree(entry, ignore_errors=True)
+        """Remove what is no checkpoint, but for ``keep`` of the old. Nobody may be writing.
 
-    def _new_aside(self) -> Path:
-        return self.path / f"{_ASIDE}{secrets.token_hex(4)}"
+        Raises
+        ------
+        OSError: the directory cannot be read, or another run is writing here.
+        """
+        self._see_lock()
+        for entry in self.aside() + self._named(_OLD)[keep:]:
+            self._delete(entry)
 
-    def _aside(self) -> list[Path]:
-        return sorted(e for e in self.path.iterdir() if e.name.startswith(_ASIDE))
+    def _see_lock(self) -> None:
+        if self._lock and self._lock.take() is Standing.TAKEN:
+            raise BlockingIOError(self._lock.said)
+
+    def aside(self) -> list[Path]:
+        """What is being written, or was left unfinished."""
+        return self._named(_ASIDE)
+
+    def _delete(self, entry: Path) -> None:
+        # Under another name, so that who comes late to commit it finds nothing, rather than a part.
+        with contextlib.suppress(OSError):
+            shutil.rmtree(entry.rename(self._new(_ASIDE)), ignore_errors=True)
+
+    def _new(self, kind: str) -> Path:
+        return self.path / f"{kind}{secrets.token_hex(4)}"
+
+    def _named(self, kind: str) -> list[Path]:
+        return sorted(e for e in self.path.iterdir() if e.name.startswith(kind))

@@ -2,27 +2,43 @@
 
 What can be kept: dicts (keys of str or int), lists, tuples; torch tensors and numpy arrays; None,
 bool, int, float, str, bytes. Nothing is pickled: what comes back from a file is data, never code.
+Of a DTensor this rank's shard is kept.
 """
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from hpcft.ckpt import dtypes
+from hpcft.ckpt import device, dtypes
+from hpcft.ckpt.device import Bytes
+from hpcft.ckpt.layout import LARGE
+from hpcft.ckpt.shards import Shard, Split
 from hpcft.ckpt.spec import DEEPEST, Node, Spec
 from hpcft.errors import HpcftError
+
+#: By the bytes of an element: as what numpy takes tensors of types it does not have.
+_BITS = {1: torch.uint8, 2: torch.int16}
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A leaf and its bytes, ``memory`` being a flat array of uint8."""
+    """A leaf and its bytes.
+
+    spec: of the whole leaf.
+    memory: a flat array, or for what is on a device a flat tensor, of uint8.
+    shard: what of the leaf is in memory, if it is a shard.
+    """
 
     spec: Spec
-    memory: np.ndarray[Any, Any]
+    memory: Bytes
+    shard: Shard | None = None
 
 
 class Unstorable(HpcftError):
@@ -30,7 +46,7 @@ class Unstorable(HpcftError):
 
 
 def flatten(tree: Any) -> tuple[Node, list[Leaf]]:
-    """Take a tree apart; the leaves of contiguous tensors in host memory are views of them.
+    """Take a tree apart; the leaves of contiguous tensors are views of them.
 
     Raises
     ------
@@ -135,15 +151,86 @@ def _tensor(tensor: torch.Tensor, path: str) -> Leaf:
         dtypes.item_size(dtype)
     except KeyError:
         raise Unstorable(f"{path} is a tensor of {dtype}, which a checkpoint cannot hold") from None
-    if hasattr(tensor, "device_mesh"):
-        raise Unstorable(f"{path} is sharded (DTensor), which is not supported yet")
+    shard, work = None, tensor
+    if is_sharded(tensor):
+        shard = shard_of(tensor, path)
+        work = local(tensor)
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise Unstorable(f"{path} is a sparse or quantized tensor", "store its parts")
-    work = tensor.detach()
-    if work.is_conj() or work.is_neg():
-        work = work.resolve_conj().resolve_neg()
-    flat = work.cpu().contiguous().reshape(-1)
-    return Leaf(Spec(path, "tensor", dtype, tuple(tensor.shape)), flat.view(torch.uint8).numpy())
+    spec = Spec(path, "tensor", dtype, tuple(tensor.shape))
+    return Leaf(spec, _memory(work, dtype), shard)
+
+
+def _memory(tensor: torch.Tensor, dtype: str) -> Bytes:
+    """A tensor's bytes, flat: its own memory, if that is contiguous."""
+    return device.flat(tensor) if device.can_be_lent(tensor) else _bytes(tensor, dtype)
+
+
+def _bytes(tensor: torch.Tensor, dtype: str) -> np.ndarray[Any, Any]:
+    """A tensor's bytes in host memory, flat."""
+    if not dtypes.in_numpy(dtype):
+        tensor = tensor.detach().view(_BITS[dtypes.item_size(dtype)])
+    flat: np.ndarray[Any, Any] = tensor.numpy(force=True).reshape(-1).view(np.uint8)
+    return flat
+
+
+def is_sharded(value: Any) -> bool:
+    """Whether it is a DTensor; does not import what has not been imported."""
+    return isinstance(value, torch.Tensor) and hasattr(value, "device_mesh")
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's memory of a DTensor."""
+    mine: torch.Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
+    return mine
+
+
+def staging(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous memory for this rank's bytes of a tensor: its own, if that is such."""
+    mine = _mine(tensor)
+    return mine if mine.is_contiguous() else torch.empty(mine.shape, dtype=mine.dtype)
+
+
+def unstage(tensor: torch.Tensor, staged: torch.Tensor) -> None:
+    """Bring to a tensor what its :func:`staging` has come to hold."""
+    mine = _mine(tensor)
+    if (mine.device, mine.data_ptr()) != (staged.device, staged.data_ptr()):
+        mine.copy_(staged)
+
+
+def _mine(tensor: torch.Tensor) -> torch.Tensor:
+    return local(tensor) if is_sharded(tensor) else tensor.detach()
+
+
+def shard_of(tensor: Any, path: str) -> Shard:
+    """What of a DTensor this rank has.
+
+    Raises
+    ------
+    Unstorable: its placements are not understood; names ``path``.
+    """
+    mesh = tensor.device_mesh
+    place = mesh.get_coordinate()
+    shape = tuple(tensor.shape)
+    if place is None:
+        raise Unstorable(f"{path} is on a mesh of other ranks", "track only what all ranks have")
+    splits = tuple(_split(placement, path) for placement in tensor.placements)
+    shard = Shard.of(shape, tuple(mesh.shape), tuple(place), splits)
+    if shard.shape != tuple(local(tensor).shape):
+        raise Unstorable(
+            f"{path} is cut in a way that is not understood: {tensor.placements}",
+            "make its sizes multiples of the numbers of ranks it is cut over",
+        )
+    return shard
+
+
+def _split(placement: Any, path: str) -> Split | None:
+    if placement.is_replicate():
+        return None
+    # A strided shard, which says of itself that it is no shard, has both as well.
+    if hasattr(placement, "dim"):
+        return Split(placement.dim, getattr(placement, "split_factor", 1))
+    raise Unstorable(f"{path} is {placement}, of which no rank has the value", "reduce it first")
 
 
 def blank(spec: Spec) -> tuple[Any, np.ndarray[Any, Any]]:
@@ -154,8 +241,17 @@ def blank(spec: Spec) -> tuple[Any, np.ndarray[Any, Any]]:
     (store, memory): a tensor for kind ``tensor``, else an array; and its bytes, flat and writable.
     """
     if spec.kind == "tensor":
-        tensor = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
-        return tensor, tensor.reshape(-1).view(torch.uint8).numpy()
+        dtype = getattr(torch, spec.dtype)
+        if spec.nbytes < LARGE:
+            tensor = torch.empty(spec.shape, dtype=dtype)
+        else:
+            # At a page, as the leaf is in the file, so that it is read in place; in huge pages,
+            # for to find and clear small ones takes about as long as to read them.
+            pages = mmap.mmap(-1, spec.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with contextlib.suppress(OSError):  # a kernel without
+                pages.madvise(mmap.MADV_HUGEPAGE)
+            tensor = torch.frombuffer(pages, dtype=dtype).reshape(spec.shape)
+        return tensor, _bytes(tensor, spec.dtype)
     array: np.ndarray[Any, Any] = np.empty(spec.shape, dtypes.numpy_type(spec.dtype))
     return array, array.reshape(-1).view(np.uint8)
 
@@ -176,6 +272,19 @@ def value(spec: Spec, store: Any) -> Any:
         return store.tobytes()
     items = store.tolist()
     return tuple(items) if spec.kind.endswith("tuple") else items
+
+
+def places(
+    node: Node, keys: tuple[str | int, ...] = ()
+) -> Iterator[tuple[int, tuple[str | int, ...]]]:
+    """The leaves, as (number, the keys that lead there)."""
+    if isinstance(node, int):
+        yield node, keys
+        return
+    kind, content = node
+    named = content if kind in ("dict", "intdict") else enumerate(content)
+    for key, item in named:
+        yield from places(item, (*keys, key))
 
 
 def unflatten(node: Node, values: list[Any]) -> Any:

@@ -1,0 +1,1 @@
+"""Checkpoints to and from the formats of others: safetensors, DCP, torch.save."""
