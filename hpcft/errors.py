@@ -27,7 +27,7 @@ class HpcftError(Exception):
         self.message = message
         self.remedy = remedy
 
-    def __reduce__(self) -> tuple[type[HpcftError], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type[HpcftError], tuple[object, ...]]:
         # The default would pickle only what went to Exception.__init__ and lose the remedy.
         return type(self), (self.message, self.remedy)
 
@@ -35,6 +35,11 @@ class HpcftError(Exception):
     def line(self) -> str:
         """Message and remedy as the command line prints them."""
         return f"{self.message}; {self.remedy}" if self.remedy else self.message
+
+
+#: Exit code of a run that was asked to end and has saved where it had come to: started again it
+#: goes on from there. EX_TEMPFAIL of sysexits.h.
+INTERRUPTED = 75
 
 
 class UsageError(HpcftError):
@@ -55,7 +60,5 @@ class StateLost(HpcftError):
     exit_code = 3
 
 
-class FailedAtStart(HpcftError):
-    """A rank failed after the ranks had met and before they had begun to train together."""
-
-    exit_code = 3
+class RunFailed(HpcftError):
+    """A run that was started for somebody who waits for its result has failed."""

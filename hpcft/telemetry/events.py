@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,14 @@ class Event:
     """Something that happened to the run.
 
     kind: ``start``, ``failure``, ``detection``, ``adoption``, ``shrink``, ``resume``,
-        ``recovered`` (the first step after a resume is done), ``finish`` or ``failed``; of
-        checkpoints ``checkpoint`` (one is committed), ``save failed``, ``save skipped``,
-        ``restore``, ``damaged`` (one could not be restored).
+        ``recovered`` (the first step after a resume is done), ``relaunch`` (all ranks have ended,
+        and are started again), ``resize`` (all have left, to go on as more or fewer), ``finish``,
+        ``failed`` or ``interrupted`` (asked to end, all have saved and left), ``requeue`` (whether
+        Slurm starts the job again, and why not); of checkpoints ``checkpoint`` (one is committed),
+        ``save failed``, ``save skipped``, ``restore``, ``damaged`` (one could not be restored),
+        ``layout`` (of their files, and why), ``copies failed`` (one near the ranks is on no other
+        node), ``unsaved`` (training has ended, and its last step could not be saved), ``occupied``
+        (another run still uses the directory), ``unlocked`` (its file system has no locks).
     step: number of steps completed when it happened.
     ranks: the logical ranks concerned.
     epoch: the membership's epoch, so that nothing of a former world is taken for the present.
@@ -33,6 +38,27 @@ class Event:
     epoch: int = 0
     time: float = field(default_factory=time.time)
     detail: dict[str, Any] = field(default_factory=dict)
+
+
+def size_at(events: Sequence[Event], step: int) -> int | None:
+    """How many ranks made a step, by the events up to where it was restored.
+
+    What was newer when training began anew was no good, or it would have been restored: the last
+    to have begun before the step have made it.
+    """
+    #: Where some ranks have begun, and how many.
+    stretches: list[tuple[int, int]] = []
+    starting = False
+    for event in events:
+        if event.kind == "start":
+            stretches.append((0, event.detail["active"]))
+            starting = True
+        elif event.kind == "resume":
+            stretches.append((event.step, event.detail["active"]))
+        elif event.kind == "restore" and starting:
+            stretches[-1] = event.step, stretches[-1][1]
+        starting = starting and event.kind not in ("resume", "restore", "checkpoint")
+    return next((size for begun, size in reversed(stretches) if begun < step), None)
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,18 @@
 
     ranks.json     logical rank -> world rank, host, pid, role; kept current through failures
     events.jsonl   one line an event
+    status.json    how far it is, renewed every second
     summary.json   written at the end
+    door.json      how to join it, as long as it trains; its user alone can read that
     logs/          stdout and stderr of every process, rank-<world rank>.log
+    called-off-*   only where ranks did not start: the launch it names has failed
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,16 +42,28 @@ class RunDirectory:
     def summary_file(self) -> Path:
         return self.path / "summary.json"
 
+    @property
+    def status_file(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def door_file(self) -> Path:
+        return self.path / "door.json"
+
+    def _called_off_file(self, launch: str) -> Path:
+        return self.path / f"called-off-{launch}"
+
     def log_file(self, world: int) -> Path:
         """Where process ``world``'s output goes."""
         return self.path / "logs" / f"rank-{world}.log"
 
-    def create(self, size: int) -> None:
+    def create(self, size: int, launch: str) -> None:
         """Make the directory, and clear what a former run left under the names above.
 
         Parameters
         ----------
         size: number of processes; their logs are left alone, for they may have begun them.
+        launch: what this launch is called; it may have failed already.
 
         Raises
         ------
@@ -56,7 +72,9 @@ class RunDirectory:
         (self.path / "logs").mkdir(parents=True, exist_ok=True)
         own = {self.log_file(world) for world in range(size)}
         former = set((self.path / "logs").glob("rank-*.log")) - own
-        for file in (self.ranks_file, self.events_file, self.summary_file, *former):
+        former |= set(self.path.glob("called-off-*")) - {self._called_off_file(launch)}
+        own_files = (self.ranks_file, self.events_file, self.status_file, self.summary_file)
+        for file in (*own_files, self.door_file, *former):
             file.unlink(missing_ok=True)
         self._sweep()
 
@@ -64,43 +82,112 @@ class RunDirectory:
         """All events so far."""
         return list(log.read(self.events_file))
 
+    def launch_events(self) -> list[Event]:
+        """Those of the present launch of the ranks."""
+        return self._by_launch()[1]
+
+    def former_events(self) -> list[Event]:
+        """Those of the launches before."""
+        return self._by_launch()[0]
+
+    def _by_launch(self) -> tuple[list[Event], list[Event]]:
+        events = self.events()
+        anew = ("relaunch", "resize")
+        last = max((i for i, e in enumerate(events) if e.kind in anew), default=-1)
+        return events[: last + 1], events[last + 1 :]
+
     def append(self, events: list[Event]) -> None:
         """Add events to the log."""
         log.append(self.events_file, events)
 
     def ranks(self) -> list[dict[str, Any]]:
         """The entries of ``ranks.json``; none if there is none yet."""
-        try:
-            entries: list[dict[str, Any]] = json.loads(self.ranks_file.read_text())["ranks"]
-        except FileNotFoundError:
-            return []
+        table = _content(self.ranks_file)
+        entries: list[dict[str, Any]] = table["ranks"] if table else []
         return entries
+
+    def status(self) -> dict[str, Any] | None:
+        """What ``status.json`` says; None if it is not there yet."""
+        return _content(self.status_file)
+
+    def summary(self) -> dict[str, Any] | None:
+        """What ``summary.json`` says; None before the run's end."""
+        return _content(self.summary_file)
+
+    def door(self) -> dict[str, Any] | None:
+        """What ``door.json`` says; None if it is not there."""
+        return _content(self.door_file)
 
     def failed(self) -> bool:
         """Whether there is a summary, and of a run that has failed."""
+        summary = self.summary()
+        return summary is not None and summary["result"] == "failed"
+
+    def call_off(self, launch: str) -> bool:
+        """Have no task begin that comes late to ``launch``, which has failed.
+
+        Returns
+        -------
+        Whether this is the first task to say so. Where nothing can be written, on a full disk, all
+        are the first, and those that come late give up after minutes.
+        """
         try:
-            return bool(json.loads(self.summary_file.read_text())["result"] == "failed")
-        except FileNotFoundError:
+            self._called_off_file(launch).touch(exist_ok=False)
+        except FileExistsError:
             return False
+        except OSError:
+            pass
+        return True
+
+    def called_off(self, launch: str) -> bool:
+        """Whether ``launch`` has failed already."""
+        return self._called_off_file(launch).exists()
+
+    def last_traceback(self, world: int) -> str:
+        """The last that process ``world`` has left in its log; empty if there is none."""
+        try:
+            log = self.log_file(world).read_text(errors="replace")
+        except OSError:
+            return ""
+        found = re.findall(r"^Traceback \(most recent.*\n(?:[ \t].*\n)*.*", log, re.MULTILINE)
+        return found[-1] if found else ""
 
     def write_ranks(self, table: dict[str, Any]) -> None:
         """Replace ``ranks.json``."""
         _replace(self.ranks_file, table)
 
+    def write_status(self, status: dict[str, Any]) -> None:
+        """Replace ``status.json``."""
+        _replace(self.status_file, status)
+
+    def write_door(self, door: dict[str, Any]) -> None:
+        """Replace ``door.json``."""
+        _replace(self.door_file, door, 0o600)
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Replace ``summary.json``, the last thing a run does."""
         _replace(self.summary_file, summary)
+        self.door_file.unlink(missing_ok=True)
         self._sweep()
 
     def _sweep(self) -> None:
         """Remove what writers left that were killed in the middle of it."""
-        for file in (self.ranks_file, self.summary_file):
+        for file in (self.ranks_file, self.status_file, self.summary_file, self.door_file):
             for torn in self.path.glob(f".{file.name}.*"):
                 torn.unlink(missing_ok=True)
 
 
-def _replace(path: Path, content: dict[str, Any]) -> None:
+def _content(path: Path) -> dict[str, Any] | None:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    return content
+
+
+def _replace(path: Path, content: dict[str, Any], mode: int = 0o666) -> None:
     # A reader sees the old file or the new one, never half of one.
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(content, indent=1) + "\n")
+    with open(os.open(aside, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode), "w") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
     aside.replace(path)

@@ -6,6 +6,9 @@ from typing import Any
 
 from hpcft.telemetry.events import Event
 
+#: How a run ended, by the kind of its last event.
+_ENDS = {"finish": "ok", "interrupted": "interrupted", "failed": "failed"}
+
 
 def summarise(events: list[Event]) -> dict[str, Any]:
     """What ``summary.json`` holds, derived from the event log alone.
@@ -14,15 +17,24 @@ def summarise(events: list[Event]) -> dict[str, Any]:
     bad one. Times are in seconds; those of a failure nobody recovered from are None.
     """
     start = next((e for e in events if e.kind == "start"), None)
-    end = next((e for e in reversed(events) if e.kind in ("finish", "failed")), None)
+    end = next((e for e in reversed(events) if e.kind in _ENDS), None)
+    requeue = next((e for e in reversed(events) if e.kind == "requeue"), None)
     world = {
         "initial": start.detail["active"] if start else 0,
         "final": start.detail["active"] if start else 0,
         "spares_left": start.detail["spares"] if start else 0,
     }
     failures: list[dict[str, Any]] = []
+    anew: dict[str, list[dict[str, Any]]] = {"relaunch": [], "resize": []}
     by_epoch: dict[int, list[dict[str, Any]]] = {}
     for event in events:
+        if event.kind in anew:
+            anew[event.kind].append({"step": event.step, "reason": event.detail["reason"]})
+            # Epochs are counted anew.
+            by_epoch = {}
+        elif event.kind == "start":
+            world["final"] = event.detail["active"]
+            world["spares_left"] = event.detail["spares"]
         if event.kind == "failure":
             failure = {
                 "step": event.step,
@@ -36,6 +48,8 @@ def summarise(events: list[Event]) -> dict[str, Any]:
                 "role": event.detail["role"],
             }
             failures.append(failure)
+            # Which needs no recovery; one that comes later says how many are left.
+            world["spares_left"] -= event.detail["role"] == "spare"
             by_epoch.setdefault(event.epoch, []).append(failure)
         elif event.kind == "resume":
             world["final"] = event.detail["active"]
@@ -49,13 +63,17 @@ def summarise(events: list[Event]) -> dict[str, Any]:
             for failure in by_epoch.get(event.epoch, []):
                 failure["stall_s"] = event.detail["stall_s"]
     return {
-        "result": "ok" if end and end.kind == "finish" else "failed",
+        "result": _ENDS[end.kind] if end else "failed",
         "reason": end.detail.get("reason", "") if end else "the run was ended from outside",
         "steps": end.step if end else max((e.step for e in events), default=0),
         "world": world,
+        "restarts": start.detail.get("restarts", 0) if start else 0,
+        "requeue": requeue.detail if requeue else None,
         "restored_step": next((e.step for e in events if e.kind == "restore"), None),
         "checkpoints": [e.step for e in events if e.kind == "checkpoint"],
         "failures": failures,
+        "relaunches": anew["relaunch"],
+        "resizes": anew["resize"],
         "params_sha256": end.detail.get("params_sha256") if end else None,
         "seconds": round(end.time - start.time, 3) if start and end else None,
     }

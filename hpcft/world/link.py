@@ -14,13 +14,17 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+from hpcft.world.departure import Departure
 from hpcft.world.progress import Progress
 
 #: Environment variables by which the shepherd hands its rank the two descriptors.
 LINK_FD = "HPCFT_LINK_FD"
 PROGRESS_FD = "HPCFT_PROGRESS_FD"
+#: And by which it hands the warm process the connection that it asks for ranks over.
+CONTROL_FD = "HPCFT_CONTROL_FD"
 #: Has a rank write the stacks of all its threads to its log.
 STACKS_SIGNAL = signal.SIGRTMIN + 6
 
@@ -44,7 +48,10 @@ class Failure:
 class Link:
     """The rank's end of the connection.
 
-    ``news`` is set whenever a failure has become known; who waits on it clears it.
+    ``news`` is set whenever a failure has become known; who waits on it clears it. ``copied`` has
+    the names of the checkpoints of which the shepherd has made copies on another node, with why it
+    could not, if so. ``departure`` knows whether the run is to end, ``resize`` whether all are to
+    leave and others to be launched with them.
     """
 
     def __init__(self, sock: socket.socket, progress: Progress) -> None:
@@ -54,6 +61,10 @@ class Link:
         self.progress = progress
         self.news = threading.Event()
         self.failures: dict[int, Failure] = {}
+        self.copied: dict[str, str] = {}
+        self.departure, self.resize = (
+            Departure(progress, partial(self._at, purpose)) for purpose in ("leave", "resize")
+        )
 
     @classmethod
     def inherited(cls) -> Link | None:
@@ -71,6 +82,12 @@ class Link:
         """Tell the shepherd something."""
         with self._lock:
             self._socket.sendall(json.dumps({"kind": kind, **fields}).encode() + b"\n")
+
+    def _at(self, purpose: str, epoch: int, step: int) -> None:
+        self.send("at", purpose=purpose, epoch=epoch, step=step)
+
+    def _departure(self, purpose: str) -> Departure:
+        return self.resize if purpose == "resize" else self.departure
 
     def receive(self) -> dict[str, Any]:
         """The shepherd's next message; only before :meth:`listen`.
@@ -107,6 +124,17 @@ class Link:
         def run() -> None:
             for line in self._reader:
                 message = json.loads(line)
+                if message["kind"] == "copied":
+                    self.copied[message["checkpoint"]] = message["why"]
+                    continue
+                if message["kind"] == "leave":
+                    departure = self._departure(message["purpose"])
+                    departure.ask(message["reason"], message["durable"])
+                    continue
+                if message["kind"] == "until":
+                    departure = self._departure(message["purpose"])
+                    departure.settled(message["epoch"], message["step"])
+                    continue
                 rank, cause = message["rank"], message["cause"]
                 if message["kind"] == "cause":
                     self.failures[rank] = replace(self.failures[rank], cause=cause)

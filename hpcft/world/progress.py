@@ -37,8 +37,16 @@ class Reading:
     waiting: bool
     mending: bool = False
 
+    @classmethod
+    def of(cls, page: bytes | mmap.mmap) -> Reading:
+        """What a page says."""
+        running, step, calls, mending = _LAYOUT.unpack_from(page, 0)
+        # Counted once when entered and once when left, so an odd count is inside.
+        return cls(bool(running), step, calls, bool(calls % 2), bool(mending))
+
 
 _LAYOUT = struct.Struct("=QQQQ")
+_NAME = "hpcft-progress"
 #: Where the mutex is in the page; far more than any libc's takes is left for it.
 _MUTEX, _MUTEX_SIZE = 128, 128
 _PTHREAD_PROCESS_SHARED = _PTHREAD_MUTEX_ROBUST = 1
@@ -66,7 +74,7 @@ class Progress:
     @classmethod
     def create(cls) -> Progress:
         """A new page, in memory only."""
-        fd = os.memfd_create("hpcft-progress")
+        fd = os.memfd_create(_NAME)
         os.ftruncate(fd, mmap.PAGESIZE)
         page = cls(fd)
         attributes = ctypes.create_string_buffer(_MUTEX_SIZE)
@@ -98,6 +106,11 @@ class Progress:
         self._step = step
         self._write()
 
+    @property
+    def completed(self) -> int:
+        """How many steps this process has said are completed."""
+        return self._step
+
     def enter(self) -> None:
         """A call that may wait for another rank begins. Calls may nest."""
         self._depth += 1
@@ -113,6 +126,15 @@ class Progress:
             self._write()
 
     @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around a call that may wait for another rank."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    @contextlib.contextmanager
     def mending(self, mending: bool = True) -> Iterator[None]:
         """Around a part of a recovery; with False around what takes its time within that."""
         before, self._mending = self._mending, int(mending)
@@ -125,6 +147,21 @@ class Progress:
 
     def read(self) -> Reading:
         """What the rank wrote last."""
-        running, step, calls, mending = _LAYOUT.unpack_from(self._page, 0)
-        # Counted once when entered and once when left, so an odd count is inside.
-        return Reading(bool(running), step, calls, bool(calls % 2), bool(mending))
+        return Reading.of(self._page)
+
+
+def peek(pid: int) -> Reading | None:
+    """What rank ``pid`` of this machine wrote last, for whoever may look into the process.
+
+    Returns
+    -------
+    None if it is no rank, not this user's, or gone.
+    """
+    try:
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            if os.readlink(entry.path).startswith(f"/memfd:{_NAME} "):
+                with open(entry.path, "rb") as page:
+                    return Reading.of(page.read(_LAYOUT.size))
+    except OSError:
+        pass
+    return None

@@ -1,26 +1,25 @@
 """What a rank runs first: start MPI, meet the others, then run the user's script.
 
-``python -m hpcft.world.rank [-m] SCRIPT ARGS...``, started by the rank's shepherd.
+``python -m hpcft.world.rank [-m] SCRIPT ARGS...``, started by the rank's shepherd, is the warm
+process that the rank itself is forked from.
 """
 
 from __future__ import annotations
 
 import atexit
-import ctypes
 import faulthandler
 import os
-import runpy
 import signal
 import sys
 import traceback
-from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from hpcft.errors import HpcftError
-from hpcft.world.link import STACKS_SIGNAL, Link
+from hpcft.world import garbage, script, warm
+from hpcft.world.link import CONTROL_FD, STACKS_SIGNAL, Link
+from hpcft.world.parent import die_with_parent
 from hpcft.world.start import start_mpi
-
-_PR_SET_PDEATHSIG = 1
 
 
 def leave(code: int) -> NoReturn:
@@ -31,26 +30,45 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _run_target(arguments: list[str]) -> None:
-    module = arguments[0] == "-m"
-    target, *rest = arguments[1:] if module else arguments
-    sys.argv = [target, *rest]
-    if module:
-        sys.path[0] = os.getcwd()
-        runpy.run_module(target, run_name="__main__", alter_sys=True)
-    else:
-        sys.path[0] = str(Path(target).resolve().parent)
-        runpy.run_path(target, run_name="__main__")
+def _leave_to_the_shepherd() -> None:
+    """Do not end by signals that Slurm sends to all processes of a job; the shepherds act on them.
+
+    A script may handle them itself.
+    """
+    # For what it starts, too, such as the workers of a DataLoader.
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    rank = os.getpid()
+
+    def terminate(number: int, _: FrameType | None) -> None:
+        if os.getpid() != rank:
+            # A fork of it: multiprocessing ends its workers so.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, terminate)
+    signal.siginterrupt(signal.SIGTERM, False)
 
 
 def main() -> None:
-    """Entry of the rank's process."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    """Entry of the warm process, and of the rank."""
+    if CONTROL_FD not in os.environ:
+        sys.exit("hpcft.world.rank is started by a shepherd; use python -m hpcft.run")
+    _leave_to_the_shepherd()
+    die_with_parent(signal.SIGKILL)
+    # Until training begins, or for good if the script is not one of ours.
+    garbage.seldom()
+    warm.serve()
+    _rank()
+
+
+def _rank() -> None:
+    # Again, for it is another process.
+    _leave_to_the_shepherd()
     faulthandler.enable()
     faulthandler.register(STACKS_SIGNAL, all_threads=True)
     link = Link.inherited()
-    if link is None:
-        sys.exit("hpcft.world.rank is started by a shepherd; use python -m hpcft.run")
+    assert link is not None
     link.progress.live()
     code = 0
     try:
@@ -59,7 +77,7 @@ def main() -> None:
         from hpcft.world.session import meet
 
         meet(link)
-        _run_target(sys.argv[1:])
+        script.run(sys.argv[1:])
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if end.code is not None and not isinstance(end.code, int):

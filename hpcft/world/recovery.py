@@ -10,7 +10,7 @@ which the rank is the logical rank. Each process is in one of these states::
           v                                v                                      |
        FINISH: agree(1)                 REVOKE: revoke active and pool            |
           |        \\                       |                                      |
-          |         \\ 0, or a failure      v                                      |
+          |         \\ 0                    v                                      |
           v          +-----------------> agree(0)                                 |
         OVER                               |                                      |
                                            v                                      |
@@ -41,6 +41,9 @@ What each knows where:
   seen a failure meet in the same call.
 * Before an agreement, others may have seen more or less than I have: an MPI call that failed here
   may have worked there. After it, all know that all are in the same state.
+* An agreement that raises an error has an answer all the same, which is that of all survivors. So
+  FINISH needs no recovery where only spares have died: if all answer 1 they acknowledge the dead,
+  and agree again, on none of them having been active.
 * SHRINK makes all know the same set of survivors; it and the last agreed membership are the input
   of PLAN, so that no negotiation is needed. It is agreed on over the old pool, for in Open MPI it
   can fail here and work there; from then on the new pool is what all have.
@@ -50,6 +53,9 @@ What each knows where:
   leaves no trace: it starts again at SHRINK from the last agreed membership.
 * Nothing of a survivor is overwritten before the last agreement (a spare's state is worthless and
   may be).
+* Where TRANSFER finds that scripts have to be run anew, it moves nothing; after the last agreement
+  all leave RUN, or PARKED, and come back to it from the beginning of the script
+  (:mod:`hpcft.world.script`).
 
 The pure part is :mod:`hpcft.world.membership`.
 """
@@ -89,12 +95,15 @@ class Report:
     step: steps completed; -1 without a state, like a spare.
     whole: its state can be handed to others as it is.
     broken: it has been hit in the middle of a step, and what it holds is no state at all.
+    anew: its script has to be run anew: it has not come to training yet, or its state is shards,
+        of which those that are lost cannot be had from others.
     """
 
     world: int
     step: int
     whole: bool
     broken: bool
+    anew: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,12 +113,15 @@ class Transfer:
     step: the step the state belongs to; -1 if the source first has to restore one.
     newest: the newest step any survivor had completed; above ``step`` if its state is no good, -1
         if no survivor had a state.
+    anew: nothing is moved; all run their scripts anew, and go on from a checkpoint if there is one.
+        Until then ``step`` is -1.
     """
 
     source: int
     receivers: tuple[int, ...]
     step: int
     newest: int
+    anew: bool = False
 
 
 @dataclass
@@ -139,8 +151,8 @@ class Recovered:
 def state_lost() -> StateLost:
     """The error of a run in which nobody has a state."""
     return StateLost(
-        "no survivor holds a whole copy of the training state: all ranks that did have failed "
-        "(when training begins that is rank 0 alone), and there is no checkpoint",
+        "no survivor holds a whole copy of the training state: all ranks that did have failed, "
+        "and there is no checkpoint",
         "start again; with --ckpt-dir the next run will have something to go on from",
     )
 
@@ -154,16 +166,25 @@ def plan_transfer(
     failed. A survivor hit between its optimizer's step and the commit is passed over for one at
     the edge of a step, for whatever its script did with collectives in between saw a broken world.
 
+    Where that is of no use (shards) or there is none yet, all run their scripts anew: from a
+    checkpoint, or from the beginning if no step has been completed.
+
     Parameters
     ----------
-    restorable: there may be a checkpoint, from which rank 0 is to bring back what all have lost.
+    restorable: there may be a checkpoint, from which can be brought back what all have lost.
 
     Raises
     ------
     StateLost: nobody in the membership has a state, and it is not restorable.
     """
     holders = [w for w in membership.active if reports[w].step >= 0 and not reports[w].broken]
-    newest = max(reports[w].step for w in membership.active)
+    newest = max(report.step for report in reports.values())
+    begun = newest != 0
+    anew = any(report.anew for report in reports.values())
+    if anew and begun and not restorable:
+        raise state_lost()
+    if anew or (not holders and not begun):
+        return Transfer(0, (), -1, newest, anew=True)
     if not holders and restorable:
         return Transfer(0, tuple(range(1, len(membership.active))), -1, newest)
     if not holders:
@@ -204,10 +225,11 @@ class World:
         self.hosts = hosts
         self.policy = policy
         self.world = comm.Get_rank()
-        self.membership = Membership.launch(comm.Get_size(), spares)
+        self.launched = Membership.launch(comm.Get_size(), spares)
+        self.membership = self.launched
         self._pool = comm.Dup()
         self._pool.Set_errhandler(MPI.ERRORS_RETURN)
-        #: Whether rank 0 can bring the state back should all have lost it; the same in all.
+        #: Whether the state can be brought back should all have lost it; the same in all.
         self.restorable = False
         #: What went wrong, other than in MPI, in the last attempt to recover.
         self._trouble: Exception | None = None
@@ -239,21 +261,23 @@ class World:
 
         Returns
         -------
-        True if it is over; False if somebody failed or has seen a failure: then recover.
+        True if it is over; False if an active rank failed, or has seen a failure: then recover.
         """
         assert self.active is not None
         self.progress.enter()
         try:
             try:
                 self.active.Barrier()
-                # From every rank, so that one that dies here leaves no spare waiting.
-                for spare in self.membership.spares:
-                    self._pool.Isend(b"", self._pool_rank(spare), _FINISH_TAG)
                 over = 1
             except MPI.Exception:
                 self._revoke()
                 over = 0
-            return self._agree(over)
+            # From every rank, so that one that dies here leaves no spare waiting.
+            for spare in self.membership.spares if over else ():
+                # One that is dead waits for nothing.
+                with contextlib.suppress(MPI.Exception):
+                    self._pool.Isend(b"", self._pool_rank(spare), _FINISH_TAG)
+            return self._agree_over(over)
         finally:
             self.progress.leave()
 
@@ -273,7 +297,7 @@ class World:
                 break
             try:
                 if self._pool.Iprobe(MPI.ANY_SOURCE, _FINISH_TAG):
-                    return self._agree(1)
+                    return self._agree_over(1)
             except MPI.Exception as error:
                 if error.Get_error_class() == MPI.ERR_REVOKED:
                     break
@@ -291,7 +315,27 @@ class World:
             self.active.Revoke()
         self._pool.Revoke()
 
+    def _agree_over(self, over: int) -> bool:
+        """Agree that training is over; that spares have died is no reason to recover."""
+        answer, died = self._ask(over)
+        while answer and died:
+            # All are here again, for who recovers has answered 0.
+            self._pool.Ack_failed()
+            answer, died = self._ask(int(not self._active_lost()))
+        return answer
+
+    def _active_lost(self) -> bool:
+        """Whether one of the acknowledged dead is an active rank."""
+        failed, members = self._pool.Get_failed(), self.membership.members
+        ranks = failed.Translate_ranks(None, self._pool.Get_group())
+        return not {members[rank] for rank in ranks}.isdisjoint(self.membership.active)
+
     def _agree(self, flag: int) -> bool:
+        answer, died = self._ask(flag)
+        return answer and not died
+
+    def _ask(self, flag: int) -> tuple[bool, bool]:
+        """The answer of an agreement, and whether it tells of a death not acknowledged by all."""
         answer = np.array([flag], dtype=np.intc)
         self.progress.enter()
         try:
@@ -301,9 +345,9 @@ class World:
                 # processor.
                 while not request.Test():
                     time.sleep(_NAP)
-            return bool(answer[0])
+            return bool(answer[0]), False
         except MPI.Exception:
-            return False
+            return bool(answer[0]), True
         finally:
             self.progress.leave()
 
@@ -358,14 +402,15 @@ class World:
         ------
         ConnectionError: not all of them have arrived whole.
         """
-        mine = (_WHOLE, report.world, report.step, int(report.whole), int(report.broken))
+        flags = (int(report.whole), int(report.broken), int(report.anew))
+        mine = (_WHOLE, report.world, report.step, *flags)
         rows = np.zeros((pool.Get_size(), len(mine)), dtype=np.int64)
         pool.Allgather(np.array(mine, dtype=np.int64), rows)
         if (rows[:, 0] != _WHOLE).any():
             raise ConnectionError("a failure has cut the exchange of reports short")
         return {
-            int(world): Report(int(world), int(step), bool(whole), bool(broken))
-            for _, world, step, whole, broken in rows
+            int(world): Report(int(world), int(step), bool(whole), bool(broken), bool(anew))
+            for _, world, step, whole, broken, anew in rows
         }
 
     def _attempt(

@@ -13,9 +13,11 @@ _given_up: list[MPI.Request] = []
 def wait_all(requests: Sequence[MPI.Request]) -> bool:
     """Wait for all of them; True then.
 
-    Not ``MPI_Waitall``: if one fails, it frees others that have failed but are still under way, and
-    Open MPI 5.0 ends the process when such a one comes to its end ("Send error after request
-    freed").
+    Not ``MPI_Waitall``: if one fails, it frees others that are still under way, and their memory
+    with them. Those left alone cannot harm: Open MPI 5.0.9 ends the process ("Send error after
+    request freed") when a send that it has given up, because the peer is dead, comes to its end
+    before it is freed, and it gives up only what is waited for. (Corrected in 5.0.10, which has
+    worse faults. A send inside a collective still can meet it.)
 
     Raises
     ------

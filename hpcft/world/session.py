@@ -24,12 +24,14 @@ from hpcft.world.recovery import World
 class Session:
     """Everything a training job needs to know of the world it runs in.
 
-    options: what the launcher was told: verbose, warm, digest, terminal, checkpoints.
+    options: what the launcher was told: run_dir, verbose, warm, digest, terminal, checkpoints.
+    key: the same in all processes, and in no other run.
     """
 
     world: World
     journal: Journal | None
     options: dict[str, Any]
+    key: str = ""
 
 
 _current: Session | None = None
@@ -48,7 +50,7 @@ def _without_shepherd() -> Session:
     hosts = dict(enumerate(comm.allgather(socket.gethostname())))
     world = World(comm, None, hosts, 0, Policy(substitute=False, shrink=False))
     options = {"verbose": 1, "warm": False, "digest": False, "terminal": False}
-    return Session(world, None, options | {"checkpoints": None})
+    return Session(world, None, options | {"initial": None, "checkpoints": None})
 
 
 def meet(link: Link) -> None:
@@ -59,7 +61,7 @@ def meet(link: Link) -> None:
     notifier = Notifier()
     link.send("hello", rank=comm.rank, size=comm.size)
     peers = comm.allgather(link.receive()["peer"])
-    secret = comm.bcast(secrets.token_hex(32))
+    secret, key = comm.bcast((secrets.token_hex(32), secrets.token_hex(8)))
     pids = dict(enumerate(comm.allgather(os.getpid())))
     link.send("table", peers=peers, secret=secret)
     link.receive()
@@ -73,4 +75,6 @@ def meet(link: Link) -> None:
     world = World(comm, link, hosts, options["spares"], policy)
     rundir = RunDirectory(Path(options["run_dir"]))
     comm.Barrier()
-    _current = Session(world, Journal(rundir, world, pids), options)
+    link.send("met")
+    journal = Journal(rundir, world, pids, options["restarts"])
+    _current = Session(world, journal, options, key)

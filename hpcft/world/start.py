@@ -8,6 +8,7 @@ import socket
 import sys
 
 from hpcft.errors import UsageError
+from hpcft.world import pmix
 from hpcft.world.versions import known_problem
 
 
@@ -17,17 +18,21 @@ def start_mpi() -> None:
     Raises
     ------
     UsageError: there is none, or not one that survives failures.
+    HpcftError: what has started the ranks cannot tell when all have done so.
     """
     try:
-        import mpi4py
-
-        # Ranks leave by os._exit: MPI_Finalize would wait for the dead.
-        mpi4py.rc.finalize = False
         from mpi4py import MPI
+
+        MPI.Init_thread()
     except (ImportError, RuntimeError) as error:
         raise UsageError(
             f"mpi4py cannot be used on {socket.gethostname()}: {error}", "`hpcft doctor` tells more"
         ) from error
+    # Open MPI makes COMM_WORLD ready to receive only after the last fence of MPI_Init, and that is
+    # none under srun (see there). A message that comes before is SIGSEGV for who receives it, in
+    # mca_pml_ob1_recv_frag_callback_match; also with mpiexec, rarely, for not all leave the fence
+    # at once (5.0.9; open-mpi/ompi#11438).
+    pmix.fence()
     try:
         MPI.COMM_SELF.Agree(1)
     except (NotImplementedError, MPI.Exception) as error:

@@ -1,0 +1,107 @@
+"""Leaving a training in order, at a step that all ranks leave at.
+
+Slurm, or a person, has asked for the end; or all ranks are to leave so that others can be launched
+with them. All ranks are to save the same step, and nothing is to be
+exchanged in the steps before that for it. So the shepherds, who talk to each other anyway, settle
+the step, by two rules:
+
+* Who is asked says how far it is, and from then on waits at the end of its next step until it hears
+  up to which step to go.
+* That is one more than the furthest has said.
+
+A rank that has ended step k without waiting had not been asked before, and so says k or more:
+nobody is beyond the step that is settled. The answers come from threads, also of ranks that wait
+for others in a collective: so nobody waits for long, and not for each other. A failure meanwhile
+leads to a new membership, which settles a step of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from hpcft.world.progress import Progress
+
+#: Seconds between two looks at whether something has failed.
+_LOOK = 0.01
+
+
+class Departure:
+    """One rank's part in it.
+
+    Parameters
+    ----------
+    progress: has the step this rank has completed.
+    send: tells the shepherd that this rank is at a step of a membership's epoch; at -1 if it does
+        not train yet.
+
+    Attributes
+    ----------
+    asked: whether all are to leave.
+    reason: why, in words.
+    durable: whether what is saved is to outlast the nodes.
+    """
+
+    def __init__(self, progress: Progress, send: Callable[[int, int], None]) -> None:
+        self.asked = False
+        self.reason = ""
+        self.durable = True
+        self._progress = progress
+        self._send = send
+        #: The epoch this rank trains in; None while it does not.
+        self._epoch: int | None = None
+        self._waits = False
+        self._condition = threading.Condition()
+        #: epoch -> the step at whose end all leave
+        self._until: dict[int, int] = {}
+
+    def ask(self, reason: str, durable: bool = True) -> None:
+        """All are to leave; from the link's thread."""
+        self.reason, self.durable = reason, durable
+        # First this, then the step is read; at a step's end the other way round.
+        self.asked = True
+        if not self._waits:
+            self._answer()
+
+    def forget(self) -> None:
+        """It has come to nothing; in this epoch there is no other."""
+        self.asked = False
+
+    def settled(self, epoch: int, step: int) -> None:
+        """All ranks have said how far they are; from the link's thread."""
+        with self._condition:
+            self._until[epoch] = step
+            self._condition.notify_all()
+
+    def begin(self, epoch: int) -> None:
+        """This rank trains, in a membership of this epoch."""
+        self._epoch, self._waits = epoch, False
+        if self.asked:
+            self._answer()
+
+    def wait(self) -> None:
+        """This rank does not train, but may later: there is nothing to ask it now."""
+        self._epoch, self._waits = None, True
+
+    def pause(self) -> None:
+        """This rank is setting up, and has nothing to save."""
+        self._epoch, self._waits = None, False
+
+    def over(self, step: int, failed: Callable[[], bool]) -> bool:
+        """Whether all leave now, at the end of this step; waits until that is known.
+
+        Parameters
+        ----------
+        failed: whether it will not be known, as a rank has failed: then False.
+        """
+        assert self._epoch is not None
+        with self._condition:
+            while self._epoch not in self._until:
+                if failed():
+                    return False
+                self._condition.wait(_LOOK)
+            return step >= self._until[self._epoch]
+
+    def _answer(self) -> None:
+        epoch = self._epoch
+        self._send(*((epoch, self._progress.completed) if epoch is not None else (0, -1)))

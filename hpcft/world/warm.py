@@ -1,0 +1,124 @@
+"""The warm process: Python with all that a rank imports, to fork ranks from.
+
+A rank that is started again pays for neither an interpreter nor torch, and all ranks that come
+from one warm process share its memory. When training has begun, a rank says which libraries its
+script has imported besides, and the warm process imports them as well. It has started neither MPI
+nor threads nor a device, which would not survive a fork; a library that starts some ends it.
+
+The rank is forked twice, so that it becomes the child of the shepherd, which has said that it
+adopts orphans (PR_SET_CHILD_SUBREAPER): whose death the kernel tells of is the parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import sysconfig
+import time
+from collections.abc import Sequence
+
+from hpcft.world.link import CONTROL_FD, LINK_FD, PROGRESS_FD
+from hpcft.world.parent import die_with_parent
+
+#: What a rank imports whatever its script is; the last when it makes its first optimizer.
+_MODULES = ("mpi4py.MPI", "hpcft.train.api", "torch._dynamo")
+#: What the process that this one was forked from had imported.
+_there: frozenset[str] = frozenset()
+
+
+def serve() -> None:
+    """Import, then fork a rank whenever the shepherd asks; returns in each rank, and never else.
+
+    In the rank the environment is the one that the shepherd has sent.
+    """
+    control = socket.socket(fileno=int(os.environ.pop(CONTROL_FD)))
+    control.set_inheritable(False)
+    with contextlib.suppress(Exception):
+        settings = importlib.import_module("mpi4py").rc
+        # MPI is a rank's to start, and ranks leave by os._exit: MPI_Finalize would wait for the
+        # dead.
+        settings.initialize = settings.finalize = False
+    _import(_MODULES)
+    threads = _threads()
+    while True:
+        size, fds, _, _ = socket.recv_fds(control, 8, 2)
+        if len(size) < 8:
+            os._exit(0)
+        request = b""
+        while missing := int.from_bytes(size, "big") - len(request):
+            part = control.recv(missing)
+            if not part:
+                os._exit(0)
+            request += part
+        wanted = json.loads(request)
+        if "ready" in wanted:
+            control.sendall(bytes(8))
+            continue
+        if "modules" in wanted:
+            _import(wanted["modules"])
+            if _threads() > threads:
+                os._exit(0)
+            continue
+        if _fork(control, wanted["parent"]):
+            control.close()
+            os.environ.clear()
+            os.environ.update(wanted["environ"])
+            os.environ[LINK_FD], os.environ[PROGRESS_FD] = map(str, fds)
+            return
+        for fd in fds:
+            os.close(fd)
+
+
+def libraries() -> list[str]:
+    """The modules that this rank has imported since it was forked and that are not the script's."""
+    homes = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+    return [
+        name
+        for name, module in list(sys.modules.items())
+        if name not in _there
+        and (spec := getattr(module, "__spec__", None))
+        and (spec.origin or "").startswith(homes)
+    ]
+
+
+def _import(modules: Sequence[str]) -> None:
+    global _there
+    for module in modules:
+        # What is wrong is found, and told, by a rank.
+        with contextlib.suppress(Exception):
+            importlib.import_module(module)
+    _there = frozenset(sys.modules)
+    # What is there now is never looked through again, and so stays shared.
+    gc.collect()
+    gc.freeze()
+
+
+def _threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def _fork(control: socket.socket, shepherd: int) -> bool:
+    """Whether this is the rank."""
+    between = os.fork()
+    if between:
+        os.waitpid(between, 0)
+        return False
+    rank = os.fork()
+    if rank:
+        control.sendall(rank.to_bytes(8, "big"))
+        os._exit(0)
+    os.setsid()
+    while os.getppid() != shepherd:
+        if os.getppid() == 1:
+            os._exit(1)
+        time.sleep(0.0005)
+    die_with_parent(signal.SIGKILL)
+    if os.getppid() != shepherd:
+        os._exit(1)
+    return True
