@@ -12,12 +12,14 @@ import hashlib
 import hmac
 import json
 import secrets
-from typing import Any
+from typing import Any, BinaryIO
 
 Message = dict[str, Any]
 
 #: A message is small; more than this in a line is not one of ours.
 LINE_LIMIT = 1 << 20
+#: Bytes received at a time that go past the stream.
+_AT_ONCE = 1 << 20
 #: Seconds in which a stranger has to prove itself.
 _HANDSHAKE_TIME = 5.0
 
@@ -59,6 +61,39 @@ class Connection:
         message: Message = json.loads(line)
         return message
 
+    async def send_file(self, file: BinaryIO, stretch: range | None = None) -> None:
+        """Send a file's bytes; they do not come through this process.
+
+        Parameters
+        ----------
+        stretch: which of them; None: all.
+
+        Raises
+        ------
+        OSError: the connection broke, or the file cannot be read.
+        """
+        await self._writer.drain()
+        offset, count = (stretch.start, len(stretch)) if stretch else (0, None)
+        loop = asyncio.get_running_loop()
+        await loop.sendfile(self._writer.transport, file, offset, count)
+
+    async def receive_into(self, memory: memoryview) -> None:
+        """Receive bytes until ``memory`` is full; the other end sends them when told to.
+
+        Raises
+        ------
+        OSError: the connection broke before that.
+        """
+        # Past the stream, which would copy them twice. Nothing is waiting in it: what it has read
+        # was a line.
+        transport = self._writer.transport
+        assert isinstance(transport, asyncio.Transport)
+        intake = _Intake(memory, transport)
+        try:
+            await intake.full
+        finally:
+            intake.leave()
+
     async def close(self) -> None:
         """Send what is pending and close."""
         self._writer.close()
@@ -66,6 +101,44 @@ class Connection:
             await asyncio.wait_for(self._writer.wait_closed(), 1)
         except (OSError, asyncio.TimeoutError):
             self._writer.transport.abort()
+
+
+class _Intake(asyncio.BufferedProtocol):
+    """Takes the place of a stream until some memory is full."""
+
+    def __init__(self, memory: memoryview, transport: asyncio.Transport) -> None:
+        self.full: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._memory = memory
+        self._at = 0
+        self._transport = transport
+        self._before = transport.get_protocol()
+        transport.set_protocol(self)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        # Never more than what is missing: what follows is the stream's.
+        return self._memory[self._at : self._at + _AT_ONCE]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._at += nbytes
+        if self._at == len(self._memory):
+            self.leave()
+            self.full.set_result(None)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.full.done():
+            self.full.set_exception(error or ConnectionError("the connection was closed"))
+        self._before.connection_lost(error)
+
+    def pause_writing(self) -> None:
+        self._before.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._before.resume_writing()
+
+    def leave(self) -> None:
+        """Give the connection back to the stream."""
+        if self._transport.get_protocol() is self:
+            self._transport.set_protocol(self._before)
 
 
 def _proof(secret: bytes, role: str, rank: int, nonce: str) -> str:

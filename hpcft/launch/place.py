@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hpcft.errors import UsageError
@@ -42,19 +42,27 @@ class Task:
 
     starter: the launcher's name.
     launched_by_us: the launcher is mpiexec, started by hpcft's own front end.
-    ranks_here: tasks on this node.
+    number_here, ranks_here: this task's number among those on its node, and how many there are.
     interface: what Open MPI's TCP is to use, None for its own choice.
     prefix: where Open MPI is installed, None if it knows itself.
     step: the Slurm step, if srun is the launcher.
+    joined: it was started to join a run that is under way.
     """
 
     place: Place
     starter: str
     launched_by_us: bool
+    number_here: int
     ranks_here: int
     interface: str | None
     prefix: Path | None
     step: Step | None = None
+    joined: bool = False
+
+    @property
+    def launch(self) -> str:
+        """What all tasks of this launch call it, and no other's."""
+        return self.step.launch if self.step else f"mpiexec-{os.getppid()}"
 
     def end_all(self) -> None:
         """Have the launcher end all its tasks.
@@ -74,8 +82,8 @@ def find_task(environ: Mapping[str, str] = os.environ) -> Task | None:
     ------
     UsageError: the launcher cannot be used as it is.
     """
-    step = find_step(environ)
-    if step:
+    if step := find_step(environ):
+        _require_pmix(step)
         return _slurm_task(step, environ)
     if "PMIX_RANK" in environ:
         host = socket.gethostname()
@@ -93,10 +101,25 @@ def find_task(environ: Mapping[str, str] = os.environ) -> Task | None:
                 "use srun, or one node",
             )
         ours = "HPCFT_LAUNCHER" in environ
-        return Task(place, "mpiexec", ours, here, None, _wheel_prefix(environ))
+        number = int(environ["OMPI_COMM_WORLD_LOCAL_RANK"])
+        return Task(place, "mpiexec", ours, number, here, None, _wheel_prefix(environ))
     if "SLURM_JOB_ID" in environ:
         _require_whole_allocation(environ)
     return None
+
+
+def guest_task(environ: Mapping[str, str] = os.environ) -> Task:
+    """This process as one that is to join a run; it has no place in MPI yet.
+
+    Raises
+    ------
+    UsageError: the others cannot be reached from here.
+    """
+    if step := find_step(environ):
+        return replace(_slurm_task(step, environ), joined=True)
+    host = socket.gethostname()
+    place = Place(0, 1, host, host, "127.0.0.1")
+    return Task(place, "hpcft join", False, 0, 1, None, _wheel_prefix(environ), None, True)
 
 
 def _require_whole_allocation(environ: Mapping[str, str]) -> None:
@@ -114,13 +137,16 @@ def _require_whole_allocation(environ: Mapping[str, str]) -> None:
         raise UsageError(f"this is {here}, and the node allocated is {node}", remedy)
 
 
-def _slurm_task(step: Step, environ: Mapping[str, str]) -> Task:
+def _require_pmix(step: Step) -> None:
     if not step.pmix:
         raise UsageError(
             "srun has started the tasks without PMIx, so that they cannot find each other",
             f"use srun {SRUN_OPTIONS} (is pmix missing in `srun --mpi=list`, the site's Slurm was "
             "built without it)",
         )
+
+
+def _slurm_task(step: Step, environ: Mapping[str, str]) -> Task:
     try:
         address = address_towards(step.launcher)
     except OSError as error:
@@ -128,11 +154,12 @@ def _slurm_task(step: Step, environ: Mapping[str, str]) -> Task:
             f"there is no way from {step.host} to srun at {step.launcher}: {error}",
             "check the node's network",
         ) from error
-    place = Place(step.task, step.tasks, f"{step.node}", step.host, address)
+    place = Place(step.task, step.tasks, step.host, step.host, address)
     return Task(
         place,
         "srun",
         False,
+        step.task_here,
         step.tasks_here,
         network_of(address),
         _wheel_prefix(environ),

@@ -173,7 +173,7 @@ class _Session:
                 self._writer.write(self._filter.feed(data))
 
     async def down(self, rank: asyncio.StreamWriter) -> None:
-        """Pass on what the server says."""
+        """Pass on what the server says. When it is gone the rank is not told, and goes on."""
         with contextlib.suppress(OSError):
             while data := await self._reader.read(1 << 16):
                 # Read on after the rank's death, lest the server be stuck in sending.
@@ -181,7 +181,6 @@ class _Session:
                 if not rank.is_closing():
                     rank.write(data)
         self._closed.set()
-        rank.close()
 
     async def leave(self) -> None:
         """End the session by agreement with the server."""

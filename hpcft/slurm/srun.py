@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import re
 import socket
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpcft.slurm.scontrol import ask, configuration
 from hpcft.slurm.step import Step
-
-_SCONTROL_SECONDS = 10.0  # a busy controller answers late; nobody is to wait for it for long
 
 # Options whose value is the next argument, so that it is not taken for srun's command.
 _SHORT_WITH_VALUE = frozenset("AaBbCcDdEeFGgiJLMmNnoPpqRrSTtUWwx")
@@ -88,7 +86,7 @@ def read_options(
 
 def options_of(step: Step) -> SrunOptions | None:
     """The options of the srun that started ``step``, or None where they cannot be told."""
-    shown = _scontrol("show", "step", f"{step.job}.{step.step}")
+    shown = ask("show", "step", f"{step.job}.{step.step}")
     found = re.search(r"SrunHost:Pid=([^\s:]+):(\d+)", shown)
     if not found or not _is_this_host(found[1]):
         return None
@@ -103,13 +101,6 @@ def options_of(step: Step) -> SrunOptions | None:
         return None
     environ = dict(entry.split("=", 1) for entry in entries if "=" in entry)
     return read_options(command, environ, configuration())
-
-
-def configuration() -> dict[str, str]:
-    """The cluster's configuration, empty if it cannot be had."""
-    lines = _scontrol("show", "config").splitlines()
-    pairs = (line.split("=", 1) for line in lines if "=" in line)
-    return {name.strip(): value.strip() for name, value in pairs}
 
 
 def _options(command: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -145,19 +136,3 @@ def _number(text: str) -> int:
 
 def _is_this_host(name: str) -> bool:
     return name.split(".")[0] == socket.gethostname().split(".")[0]
-
-
-def _scontrol(*arguments: str) -> str:
-    try:
-        done = subprocess.run(
-            ["scontrol", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            timeout=_SCONTROL_SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout

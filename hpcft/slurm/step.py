@@ -14,9 +14,10 @@ class Step:
     """One task's view of its step.
 
     job, step: their numbers.
+    restarts: how often the job was requeued.
     task, tasks: this task's number and how many there are.
     node: index of this task's node in the step.
-    tasks_here: tasks on this node.
+    task_here, tasks_here: this task's number among those on its node, and how many there are.
     host: the node's name.
     launcher: address of srun, as the nodes reach it.
     pmix: whether srun was given ``--mpi=pmix``.
@@ -24,13 +25,20 @@ class Step:
 
     job: str
     step: str
+    restarts: int
     task: int
     tasks: int
     node: int
+    task_here: int
     tasks_here: int
     host: str
     launcher: str
     pmix: bool
+
+    @property
+    def launch(self) -> str:
+        """A name no other launch has, of this job's requeues either."""
+        return f"{self.job}.{self.step}.{self.restarts}"
 
 
 def find_step(environ: Mapping[str, str]) -> Step | None:
@@ -42,9 +50,11 @@ def find_step(environ: Mapping[str, str]) -> Step | None:
     return Step(
         job=environ["SLURM_JOB_ID"],
         step=environ["SLURM_STEP_ID"],
+        restarts=int(environ.get("SLURM_RESTART_COUNT", "0")),
         task=int(environ["SLURM_PROCID"]),
         tasks=int(environ["SLURM_STEP_NUM_TASKS"]),
         node=node,
+        task_here=int(environ["SLURM_LOCALID"]),
         tasks_here=tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"])[node],
         host=environ["SLURMD_NODENAME"],
         launcher=environ["SLURM_SRUN_COMM_HOST"],
@@ -61,6 +71,17 @@ def cancel(step: Step) -> None:
             stderr=subprocess.DEVNULL,
             check=False,
         )
+
+
+def overlapping(tasks: int) -> list[str]:
+    """The start of a command that starts tasks in this allocation, beside the step that runs.
+
+    ``SLURM_HOSTFILE`` is to name a file with a node a line, the first task's first.
+    """
+    # Those that the others have left, and that the step is to survive by itself; see place.py.
+    keep = ["--kill-on-bad-exit=0", "--no-kill", "--wait=0"]
+    where = ["--distribution=arbitrary", f"--ntasks={tasks}"]
+    return ["srun", "--overlap", "--mpi=pmix", *keep, *where]
 
 
 def tasks_per_node(text: str) -> list[int]:

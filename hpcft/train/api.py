@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from hpcft.train import afresh
 from hpcft.train.job import Job, OnShrink
+from hpcft.train.lasting import Lasting
+from hpcft.world.script import on_interruption
 from hpcft.world.session import current
 
+_lasting: Lasting | None = None
 _job: Job | None = None
 
 
 def init(*, seed: int = 0, on_shrink: OnShrink = "keep-lr") -> Job:
     """Join the world and set up torch.distributed over it (backend ``hpcft``).
 
-    To be called once, before models are wrapped. Under ``python -m hpcft.run`` the job survives
+    To be called by the script, before models are wrapped; again each time the script is run anew.
+    Under ``python -m hpcft.run`` the job survives
     failures; under a bare mpiexec, or alone, it trains all the same, and does not.
 
     Parameters
@@ -26,7 +31,18 @@ def init(*, seed: int = 0, on_shrink: OnShrink = "keep-lr") -> Job:
     -------
     The job; the same one if called again.
     """
-    global _job
+    global _lasting, _job
     if _job is None:
-        _job = Job(current(), seed, on_shrink)
+        _lasting = _lasting or Lasting(current())
+        _job = Job(_lasting, seed, on_shrink)
+        on_interruption(_reset)
     return _job
+
+
+def _reset() -> None:
+    """The script has been unwound, to be run anew."""
+    global _job
+    assert _job is not None
+    job, _job = _job, None
+    job.leave()
+    afresh.forget()

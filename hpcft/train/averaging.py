@@ -9,7 +9,7 @@ import torch
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.futures import Future
 
-from hpcft.train.process_group import WorldProcessGroup
+from hpcft.train.process_group import WorldProcessGroup, completed
 
 
 class Averaging(Protocol):
@@ -34,6 +34,4 @@ def averaging_hook(averaging: Averaging, bucket: GradBucket) -> Future[torch.Ten
         if averaging.scale != 1:
             gradients.mul_(averaging.scale)
         averaging.group.allreduce([gradients])
-    future: Future[torch.Tensor] = Future()
-    future.set_result(gradients)
-    return future
+    return completed(gradients)

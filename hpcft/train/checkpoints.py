@@ -1,58 +1,45 @@
-"""Checkpoints of a running job: when one begins, what is in it, where a run starts from."""
+"""Checkpoints of a running job, near the ranks and on the parallel file system."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
-from hpcft.ckpt import tree
+from hpcft.ckpt import device, scattered, tree
 from hpcft.ckpt._engine import Engine
+from hpcft.ckpt.errand import Errand
 from hpcft.ckpt.index import Damaged
+from hpcft.ckpt.lock import Lock, Standing
+from hpcft.ckpt.near import NearStore, Tier, step_of
+from hpcft.ckpt.policy import Policy
+from hpcft.ckpt.ranks import Alone, Memory
 from hpcft.ckpt.restore import load
 from hpcft.ckpt.save import Save, SaveFailed, Saver
-from hpcft.ckpt.store import Checkpoint, Store
+from hpcft.ckpt.scattered import Scattered
+from hpcft.ckpt.store import STATE, Checkpoint, Store, shard
 from hpcft.errors import HpcftError
+from hpcft.train.series import After, Hooks, Series
 from hpcft.train.state import State, dump
 from hpcft.train.state import load as undump
+from hpcft.train.transfer import COUNTABLE
+from hpcft.world.link import Link
+from hpcft.world.requests import wait_all
 
-#: Steps by which the time of a step is measured.
-_MEASURED_STEPS = 5
-#: Below the training's own threads in importance.
-_NICENESS = 5
+#: Only what training leaves of the processors; a disk is slower than that almost always.
+_NICENESS = 19
+#: Of messages beside those of the script, which uses the same communicator.
+_TAG = 32_012
 
 Report = Callable[[str, int, dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the user wants.
-
-    directory: where checkpoints go.
-    every: steps, or seconds if ``timed``, between them.
-    keep: how many of the newest to keep.
-    memory: bytes of staging memory a rank.
-    bandwidth: bytes a second a rank writes at most; 0 is no limit.
-    overlap: copy the state while the next step's forward and backward pass run.
-    """
-
-    directory: Path
-    every: float
-    timed: bool
-    keep: int
-    memory: int
-    bandwidth: int
-    overlap: bool
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Plan:
-        """The plan from the launcher's options."""
-        return cls(**{**options, "directory": Path(options["directory"])})
 
 
 class CommRanks:
@@ -107,116 +94,372 @@ class CommRanks:
             for end, n in zip(ends.tolist(), lengths.tolist(), strict=True)
         ]
 
+    def exchange(
+        self, outgoing: Sequence[Sequence[Memory]], incoming: Sequence[Sequence[Memory]]
+    ) -> None:
+        """Move bytes between ranks."""
+        requests = [
+            self._comm.Irecv([piece, MPI.BYTE], peer, _TAG) for peer, piece in _messages(incoming)
+        ]
+        requests += [
+            self._comm.Isend([piece, MPI.BYTE], peer, _TAG) for peer, piece in _messages(outgoing)
+        ]
+        wait_all(requests)
+        self._certain()
+
+
+def _messages(memories: Sequence[Sequence[Memory]]) -> Iterator[tuple[int, Memory]]:
+    """The memory for each rank, in pieces MPI can count."""
+    for peer, pieces in enumerate(memories):
+        for memory in pieces:
+            for begin in range(0, memory.size, COUNTABLE):
+                yield peer, memory[begin : begin + COUNTABLE]
+
+
+class Near:
+    """The checkpoints of one tier near the ranks.
+
+    Parameters
+    ----------
+    number: of the tier, as the shepherds count them.
+    link: to the shepherd, which has copies made on another node; None if there is none.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        tier: Tier,
+        policy: Policy,
+        link: Link | None,
+        report: Report,
+        waiting: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self.store = NearStore(Path(tier.path))
+        self._number = number
+        self._link = link
+        self._report = report
+        #: The name of the last that was written, and of the last that other nodes have as well.
+        self._last = self._safe = ""
+        self._told = self._failing = False
+        # An engine of its own, for that of the parallel file system may be draining for minutes.
+        engine = Engine(policy.memory, niceness=_NICENESS)
+        self._saver = Saver(self.store, Alone(), engine, policy.timeout, "per-rank")
+        hooks = Hooks(
+            _nothing, self._written, self._failed, _nothing, waiting, self._after, self._beginning
+        )
+        self.series = Series(self._saver, tier.every, tier.timed, policy.overlap, hooks)
+
+    def _written(self, save: Save) -> None:
+        """Have copies made of what this rank has written."""
+        # In a thread, for the kernel takes its time to free gigabytes.
+        Errand(lambda: self.store.clear(save.folder))
+        self._last, self._failing = save.folder.name, False
+        rank = self._saver.ranks.rank
+        own = [shard(rank)] if rank else [STATE, shard(rank)]
+        files = [name for name in own if (save.folder / name).exists()]
+        if self._link:
+            self._link.send("copy", tier=self._number, checkpoint=self._last, files=files)
+
+    def _after(self) -> After:
+        if not (self._last and self._link):
+            return After.THROUGH
+        why = self._link.copied.get(self._last)
+        if why is None:
+            return After.UNDER_WAY
+        if why and not self._told:
+            self._told = True
+            self._report("copies failed", step_of(self._last), {"why": why})
+        return After.LACKING if why else After.THROUGH
+
+    def _beginning(self, through: bool) -> None:
+        if through:
+            self._safe = self._last or self._safe
+        # One that lacks copies is no reason to remove the one before; who is new knows of none.
+        ranks = self._saver.ranks
+        known = ranks.share(ranks.gather((self._last, self._safe)))
+        self.store.kept = frozenset(chain.from_iterable(known))
+
+    def await_copies(self) -> None:
+        """Wait until another save can begin."""
+        while self._after() is After.UNDER_WAY:
+            time.sleep(0.001)
+
+    def restored(self, name: str) -> None:
+        """Training goes on from one so called."""
+        self._safe = name
+
+    def _failed(self, step: int, error: SaveFailed) -> None:
+        # Every few steps the same would drown everything else, such as that memory is too small.
+        if self._saver.ranks.rank == 0 and not self._failing:
+            self._report("save failed", step, {"why": error.message})
+        self._failing = True
+
 
 class Checkpoints:
     """Saves a training's state as it goes, and restores it.
 
     Parameters
     ----------
-    plan: what the user wants.
+    policy: what the user wants.
+    lock: of the directory; rank 0 has it.
     report: told, in rank 0, what has happened: kind, step, detail; also from another thread.
+    waiting: is entered around what may wait for other ranks.
+    link: to the shepherd, if there is one.
+
+    Attributes
+    ----------
+    newest: the step of the newest checkpoint when training ended; -1 for none.
     """
 
-    def __init__(self, plan: Plan, report: Report) -> None:
-        self._plan = plan
+    def __init__(
+        self,
+        policy: Policy,
+        lock: Lock,
+        report: Report,
+        waiting: Callable[[], AbstractContextManager[None]],
+        link: Link | None,
+    ) -> None:
+        self._policy = policy
+        self._lock = lock
         self._report = report
-        self._store = Store(plan.directory)
-        self._engine = Engine(
-            plan.memory, bandwidth=plan.bandwidth, niceness=_NICENESS, copiers=2, movers=2
-        )
-        self._ranks: CommRanks | None = None
-        self._saver: Saver | None = None
-        self._save: Save | None = None
-        self._measured_from = (0, 0.0)
-        self._next: int | None = None
-        self._committed_step = -1
+        self._link = link
+        self._store = Store(Path(policy.directory), lock)
+        engine = Engine(policy.memory, bandwidth=policy.bandwidth, niceness=_NICENESS)
+        self._saver = Saver(self._store, Alone(), engine, policy.timeout, policy.layout)
+        hooks = Hooks(self._committed, _nothing, self._failed, self._skipped, waiting)
+        self._series = Series(self._saver, policy.every, policy.timed, policy.overlap, hooks)
+        self._near = [
+            Near(number, tier, policy, link, report, waiting)
+            for number, tier in enumerate(policy.near)
+        ]
+        self._layout: tuple[str, str] | None = None
+        self.newest = -1
 
-    # -- restoring -----------------------------------------------------------------------------
+    @property
+    def _all(self) -> list[Series]:
+        """The nearest first, for it is the fastest."""
+        return [*(near.series for near in self._near), self._series]
 
-    def restore(self, state: State) -> Checkpoint | None:
-        """Bring ``state`` to where the newest good checkpoint is; by one rank, for all.
+    # -- the lock ------------------------------------------------------------------------------
 
-        Returns
-        -------
-        The checkpoint; None if there is none.
+    def _have_lock(self, comm: MPI.Intracomm) -> None:
+        """Have the directory for this run, waiting for another that still uses it; in rank 0.
 
         Raises
         ------
-        HpcftError: there are checkpoints and none is good, or it does not fit the state.
+        UsageError: another run does not end.
+        MPI.Exception: a rank has failed.
         """
-        self._store.sweep(keep=1)
-        committed = self._store.committed()
-        for checkpoint in reversed(committed):
+        standing = self._lock.wait(self._policy.timeout, self._occupied, lambda: comm.Iprobe())
+        if standing is Standing.NONE:
+            detail = {"why": f"{self._store.path} cannot be locked: {self._lock.why}"}
+            self._report("unlocked", 0, detail)
+
+    def _occupied(self, why: str) -> None:
+        self._report("occupied", 0, {"why": why})
+
+    def take_over(self) -> None:
+        """This process plays rank 0, now if not before: have the lock, when that is free."""
+        self._lock.pursue(self._policy.timeout, self._occupied)
+
+    def close(self) -> None:
+        """Training is over: let others have the directory."""
+        if self._saver.hangs:
+            # What hangs may yet write. The lock ends with the process.
+            return
+        with contextlib.suppress(OSError):
+            self._saver.send(self._lock.release)
+
+    # -- restoring -----------------------------------------------------------------------------
+
+    def restore(self, state: State, comm: MPI.Intracomm) -> str | None:
+        """Bring ``state`` to where the newest good checkpoint is; collective.
+
+        That is in all ranks if the state is sharded, else in rank 0. Of those of the same step the
+        nearest is taken.
+
+        Returns
+        -------
+        Where it was; None if there is none.
+
+        Raises
+        ------
+        HpcftError: there are checkpoints and none is good, or it does not fit the state; or
+            another run uses the directory.
+        MPI.Exception: a rank has failed.
+        """
+        ranks = CommRanks(comm)
+        if ranks.rank == 0:
+            self._have_lock(comm)
+        sources = self._sources(ranks)
+        # Nobody trains meanwhile, but the other ranks may spin: not with the niceness of saves.
+        engine = Engine(self._policy.memory)
+        for source in sources:
             try:
-                step, content = load(checkpoint.state, self._engine)
+                step, content = self._read(source, engine, ranks, state)
             except (Damaged, OSError) as error:
-                self._report("damaged", checkpoint.step, {"why": str(error)})
+                if ranks.rank == 0:
+                    self._report("damaged", source.step, {"why": str(error), "path": source.where})
                 continue
-            try:
-                state.from_tree(step, content)
-            except (KeyError, ValueError, RuntimeError, TypeError) as error:
-                raise HpcftError(
-                    f"the checkpoint {checkpoint.path} does not fit this training: {error}",
-                    "start with the model it was made with, or with another --ckpt-dir",
-                ) from error
-            self._committed_step = step
-            self._report("restore", step, {"path": str(checkpoint.path)})
-            return checkpoint
-        if committed:
+            if state.sharded() or ranks.rank == 0:
+                self._install(source, state, step, content)
+            for near in self._near:
+                near.store.forget(step)
+            if isinstance(source.found, Scattered):
+                assert source.near is not None
+                source.near.restored(source.found.name)
+            else:
+                self._series.step = step
+            if ranks.rank == 0:
+                self._report("restore", step, {"path": source.where})
+            return source.where
+        if count := sum(source.near is None for source in sources):
             raise HpcftError(
-                f"none of the {len(committed)} checkpoints in {self._store.path} is good",
+                f"none of the {count} checkpoints in {self._store.path} is good",
                 "see events.jsonl for what is wrong with each",
             )
+        # What was near the ranks went with nodes before anything was committed.
+        for near in self._near:
+            near.store.forget(-1)
         return None
+
+    def _sources(self, ranks: CommRanks) -> list[_Source]:
+        """The checkpoints there are, the best first; collective."""
+        committed: list[Checkpoint] = []
+        has_near = False
+        if ranks.rank == 0:
+            try:
+                # In a thread: a file system that hangs keeps the process from ending otherwise.
+                committed, has_near = Errand(self._committed_ones).result()
+            except OSError as error:
+                raise HpcftError(
+                    f"the checkpoints in {self._store.path} cannot be looked through: {error}",
+                    "see that its file system is there, on all nodes",
+                ) from error
+        committed, has_near = ranks.share((committed, has_near))
+        sources = [_Source(one.step, str(one.path), one) for one in committed]
+        for near in self._near if has_near else ():
+            for one in scattered.find(ranks, near.store):
+                where = f"{near.store.path / one.name} on the nodes"
+                sources.append(_Source(one.step, where, one, near))
+        return sorted(sources, key=lambda source: (-source.step, source.near is None))
+
+    def _committed_ones(self) -> tuple[list[Checkpoint], bool]:
+        self._store.sweep(keep=1)
+        return self._store.committed(), self._store.has_near
+
+    def _read(
+        self, source: _Source, engine: Engine, ranks: CommRanks, state: State
+    ) -> tuple[int, dict[str, Any]]:
+        """One checkpoint's step and content; collective.
+
+        Raises
+        ------
+        Damaged, OSError: it is not good; some error of these in all ranks.
+        """
+        sharded = state.sharded()
+        wanted = sharded or ranks.rank == 0
+        found = source.found
+        if isinstance(found, Scattered):
+            assert source.near is not None
+
+            def report(why: str) -> None:
+                if ranks.rank == 0:
+                    detail = {"why": why, "path": source.where, "copies": True}
+                    self._report("damaged", source.step, detail)
+
+            return scattered.load(
+                found, source.near.store, engine, ranks, state.targets(), wanted, report
+            )
+        if sharded:
+            return load(found.state, engine, ranks, state.targets())
+        step, why = found.step, ""
+        content: dict[str, Any] = {}
+        if wanted:
+            # In a thread, as above; what is collective cannot be, as all that uses MPI.
+            try:
+                step, content = Errand(
+                    lambda: load(found.state, engine, target=state.targets())
+                ).result()
+            except (Damaged, OSError) as error:
+                why = str(error)
+        if why := ranks.share(why):
+            raise Damaged(why)
+        return step, content
+
+    def _install(self, source: _Source, state: State, step: int, content: dict[str, Any]) -> None:
+        try:
+            state.from_tree(step, content)
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            raise HpcftError(
+                f"the checkpoint {source.where} does not fit this training: {error}",
+                "start with the model it was made with, or with another --ckpt-dir",
+            ) from error
 
     # -- saving --------------------------------------------------------------------------------
 
     def check(self, state: State) -> None:
-        """See early that the state can be saved.
+        """See early that the state can be saved, and prepare for it what takes its time.
 
         Raises
         ------
         Unstorable: there is something in it that a checkpoint cannot hold.
         """
-        tree.flatten(state.to_tree(frozen=False))
+        _, leaves = tree.flatten(state.to_tree(frozen=False))
+        for place in {leaf.memory.device for leaf in leaves if device.on_device(leaf.memory)}:
+            for series in self._all:
+                device.pin(series.engine, place)
 
     def attach(self, comm: MPI.Intracomm, state: State) -> None:
         """Save with the ranks of ``comm`` from now on."""
-        self.drop()
-        self._ranks = CommRanks(comm)
-        if self._saver:
-            self._saver.regroup(self._ranks)
-        else:
-            self._saver = Saver(self._store, self._ranks, self._engine)
-        self._measured_from = (state.step, time.monotonic())
-        self._next = None
+        ranks = CommRanks(comm)
+        if self._near and ranks.rank == 0:
+            # Else they are not found again, which the files make up for.
+            with contextlib.suppress(OSError):
+                self._saver.send(self._store.note_near)
+        for near in self._near:
+            # Some copies may have gone with a node.
+            near.series.attach(ranks, state.step, soon=True)
+        self._series.attach(ranks, state.step, soon=False)
 
     def drop(self) -> None:
-        """Give up a checkpoint that is not yet on its way into the store."""
-        if self._save:
-            self._save.drop()
-        if self._save and self._save.settled:
-            self._save = None
+        """Give up checkpoints that are not yet on their way into the store."""
+        for series in self._all:
+            series.drop()
+
+    def settle(self) -> None:
+        """Give up checkpoints under way, but wait for one that is on its way into the store."""
+        self.drop()
+        for series in self._all:
+            series.wait()
 
     def before_update(self) -> None:
         """The parameters are about to change: wait until they are copied."""
-        if self._save:
-            self._save.wait_copied()
+        for series in self._all:
+            series.wait_copied()
 
-    def edge(self, state: State) -> None:
-        """A step is complete, in all ranks: look after the save under way, begin one if it is time.
+    def edge(self, state: State, metrics: Mapping[str, float]) -> None:
+        """A step is complete, in all ranks: look after saves under way, begin what it is time for.
+
+        Parameters
+        ----------
+        metrics: of this step, as the script gives them.
 
         Raises
         ------
         MPI.Exception: a rank has failed.
         """
-        try:
-            if self._save and not self._save.over:
-                self._save.advance()
-            if self._due(state.step) and self._free(state.step):
-                self._begin(state)
-        except SaveFailed as error:
-            self._failed(state.step, error)
+        for series in self._all:
+            series.edge(state, metrics)
+
+    def save(self, state: State, overlap: bool) -> None:
+        """The script asks for a save; collective, between two steps.
+
+        Raises
+        ------
+        MPI.Exception: a rank has failed.
+        """
+        self._series.save(state, overlap)
 
     def finish(self, state: State) -> None:
         """Training is over: save where it has come to, and wait until all is committed.
@@ -225,81 +468,89 @@ class Checkpoints:
         ------
         MPI.Exception: a rank has failed.
         """
-        self._wait()
-        assert self._ranks is not None
-        if self._ranks.share(self._committed_step != state.step):
-            try:
-                self._begin(state)
-            except SaveFailed as error:
-                self._failed(state.step, error)
-            self._wait()
-        if self._ranks.rank == 0:
-            self._store.sweep()
+        for near in self._near:
+            near.series.wait()
+        self._series.finish(state)
+        self.newest = self._saver.ranks.share(self._series.step)
+        if self.newest != state.step:
+            # The script has ended well all the same, and so does the run.
+            if self._saver.ranks.rank == 0:
+                self._report("unsaved", state.step, {"newest": self.newest})
+            if self._link:
+                self._link.send("unsaved")
+        if self._saver.ranks.rank == 0 and not self._saver.hangs:
+            # What it cannot remove now the next start will.
+            with contextlib.suppress(OSError):
+                self._saver.send(self._store.sweep)
 
-    def _wait(self) -> None:
-        try:
-            while self._save and not self._save.advance():
-                time.sleep(0.001)
-            if self._save:
-                self._save.finish()
-        except SaveFailed as error:
-            self._failed(self._save.step if self._save else -1, error)
-        self._save = None
+    def any_rank(self, has: bool) -> bool:
+        """Whether any rank has something; collective.
 
-    def _failed(self, step: int, error: SaveFailed) -> None:
-        self._save = None
-        if self._ranks and self._ranks.rank == 0:
-            self._report("save failed", step, {"why": error.message})
+        Raises
+        ------
+        MPI.Exception: a rank has failed.
+        """
+        return self._saver.ranks.least(-int(has)) < 0
 
-    def _due(self, step: int) -> bool:
-        if not self._plan.timed:
-            return step % int(self._plan.every) == 0
-        if step == self._next:
-            return True
-        since, began = self._measured_from
-        if self._next is None and step >= since + _MEASURED_STEPS:
-            self._schedule(step, (time.monotonic() - began) / (step - since))
-        return False
+    def hand_over(self, state: State, durable: bool) -> bool:
+        """Save where training has come to for a launch that follows at once; collective.
 
-    def _schedule(self, step: int, seconds: float) -> None:
-        assert self._ranks is not None
-        seconds = self._ranks.share(seconds)
-        self._next = step + max(1, round(self._plan.every / max(seconds, 1e-9)))
-        self._measured_from = (step, time.monotonic())
+        Parameters
+        ----------
+        durable: in the directory, and not, which is faster, near the ranks.
 
-    def _free(self, step: int) -> bool:
-        """Whether the checkpoint before is through, in all ranks."""
-        if self._save and self._save.settled:
-            try:
-                self._save.finish()
-            except SaveFailed as error:
-                self._failed(self._save.step, error)
-            self._save = None
-        assert self._ranks is not None
-        free = self._ranks.least(int(self._save is None)) == 1
-        if not free:
-            if self._ranks.rank == 0:
-                self._report("save skipped", step, {"why": "the one before is still under way"})
-            if self._plan.timed:
-                self._next = step + 1
-        return free
+        Returns
+        -------
+        Whether that could be, in all ranks.
 
-    def _begin(self, state: State) -> None:
-        assert self._saver is not None
-        if self._plan.timed:
-            since, began = self._measured_from
-            self._schedule(state.step, (time.monotonic() - began) / max(1, state.step - since))
-        began = time.monotonic()
-        content = state.to_tree(frozen=self._plan.overlap)
+        Raises
+        ------
+        MPI.Exception: a rank has failed.
+        """
+        self.settle()
+        series = self._series
+        if self._near and not durable:
+            self._near[0].await_copies()
+            series = self._near[0].series
+        series.finish(state)
+        newest: int = self._saver.ranks.share(series.step)
+        return newest == state.step
 
-        def committed(checkpoint: Checkpoint) -> None:
-            self._committed_step = checkpoint.step
-            seconds = time.monotonic() - began
-            detail = {"path": str(checkpoint.path), "seconds": round(seconds, 6)}
-            self._report("checkpoint", checkpoint.step, detail)
-            for old in self._store.committed()[: -self._plan.keep]:
+    def _committed(self, checkpoint: Checkpoint, seconds: float) -> None:
+        if self._link:
+            self._link.send("saved", step=checkpoint.step, seconds=seconds)
+        detail = {"path": str(checkpoint.path), "seconds": round(seconds, 6)}
+        self._report("checkpoint", checkpoint.step, detail)
+        if self._saver.chosen and self._saver.chosen != self._layout:
+            self._layout = layout, why = self._saver.chosen
+            self._report("layout", checkpoint.step, {"layout": layout, "why": why})
+        # Should that fail, the next commit tries again; this one is done.
+        with contextlib.suppress(OSError):
+            for old in self._policy.retention.surplus(self._store.committed()):
                 self._store.discard(old)
 
-        self._save = self._saver.begin(state.step, content, committed)
-        if not self._plan.overlap:
-            self._save.wait_copied()
+    def _failed(self, step: int, error: SaveFailed) -> None:
+        if self._saver.ranks.rank == 0:
+            self._report("save failed", step, {"why": error.message})
+
+    def _skipped(self, step: int, why: str) -> None:
+        if self._saver.ranks.rank == 0:
+            self._report("save skipped", step, {"why": why})
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint to restore.
+
+    where: it is, for people.
+    near: its tier, if it lies near the ranks.
+    """
+
+    step: int
+    where: str
+    found: Checkpoint | Scattered
+    near: Near | None = None
+
+
+def _nothing(*_: object) -> None:
+    """What many hooks do."""

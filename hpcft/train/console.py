@@ -21,6 +21,10 @@ class ProgressLine:
         self._shown_step = 0
         self._pending = False
 
+    def begin(self, step: int) -> None:
+        """Training begins at ``step``, or goes on there."""
+        self._shown, self._shown_step = time.monotonic(), step
+
     def step(self, step: int, size: int, metrics: dict[str, float]) -> None:
         """A step is completed. Shows it unless the last was shown a moment ago."""
         now = time.monotonic()

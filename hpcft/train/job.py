@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import random
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy
 import torch
 from mpi4py import MPI
 from torch.nn.parallel import DistributedDataParallel
 
-from hpcft.errors import FailedAtStart, HpcftError
+from hpcft.errors import INTERRUPTED, HpcftError, StateLost
+from hpcft.train.accelerator import in_use
 from hpcft.train.averaging import averaging_hook
 from hpcft.train.buckets import Buckets
-from hpcft.train.checkpoints import Checkpoints, Plan
-from hpcft.train.console import ProgressLine
+from hpcft.train.checkpoints import CommRanks
+from hpcft.train.lasting import Lasting
 from hpcft.train.process_group import WorldProcessGroup, install
 from hpcft.train.sampler import ElasticBatchSampler
 from hpcft.train.state import Savepoint, State
 from hpcft.train.transfer import Arrival, give
-from hpcft.world.link import Failure
+from hpcft.world import garbage, warm
+from hpcft.world.departure import Departure
 from hpcft.world.recovery import Recovered, Report, Transfer, state_lost
-from hpcft.world.session import Session
+from hpcft.world.script import ScriptInterrupted
 
 OnShrink = Literal["keep-lr", "scale-lr", "keep-global-batch"]
 
@@ -61,6 +62,10 @@ class StepInterrupted(BaseException):
     """
 
 
+class _Leaving(BaseException):
+    """All leave at the end of this step, for the run was asked to end."""
+
+
 class _DryRunOver(BaseException):
     """The dry steps are done."""
 
@@ -74,17 +79,23 @@ class Job:
     that the script comes to the next edge by itself.
     """
 
-    def __init__(self, session: Session, seed: int, on_shrink: OnShrink) -> None:
-        self._session = session
-        self._world = session.world
+    def __init__(self, lasting: Lasting, seed: int, on_shrink: OnShrink) -> None:
+        self._options = lasting.session.options
+        self._world = lasting.session.world
+        self._teller = lasting.teller
+        self._repetition = lasting.repetition
+        self._checkpoints = lasting.checkpoints
         self._seed = seed
         self._on_shrink = on_shrink
-        options = session.options
-        self._line = ProgressLine(options["terminal"]) if options["verbose"] else None
-        self._launched_size = len(self._world.membership.active)
-        self.group = WorldProcessGroup(0, self._launched_size, self._world.progress)
+        #: How many ranks trained at first.
+        self._launched_size = self._options["initial"] or len(self._world.launched.active)
+        #: The membership that this run of the script was made for.
+        self._epoch = self._world.membership.epoch
+        #: Whether all have agreed that the script is run anew.
+        self._left = False
+        self.group = WorldProcessGroup(0, self.size, self._world.progress)
         #: Factor this rank's gradients are multiplied with before they are added up.
-        self.scale = 1 / self._launched_size
+        self.scale = 1 / self.size
         self._stepped = 0
         self._broken = False
         self._whole = True
@@ -95,18 +106,14 @@ class Job:
         self._savepoint: Savepoint | None = None
         self._samplers: list[ElasticBatchSampler] = []
         self._shared_buffers: list[torch.Tensor] = []
-        self._raised: dict[int, tuple[int, str]] = {}
         self._warmed = False
-        self._unsaid: list[str] = []
+        self._leaving = False
         if self._world.active is None:
             # Like the last rank: script code for rank 0 (printing, saving) is not run on spares.
-            self.group.park(self._launched_size - 1, self._launched_size)
+            self.group.park(self.size - 1, self.size)
         else:
             self.group.attach(self._world.active)
             self.group.refuse = self._refuse
-        wanted = options["checkpoints"]
-        self._checkpoints = Checkpoints(Plan.of(wanted), self._report) if wanted else None
-        self._world.restorable = bool(wanted)
         install(self.group)
 
     @property
@@ -135,30 +142,30 @@ class Job:
         Raises
         ------
         TooFewRanks: fewer ranks are left than the run may go on with.
-        StateLost: no survivor has a whole copy of the state.
-        FailedAtStart: a rank failed before, in the middle of the script's own collectives.
+        StateLost: no survivor has a whole copy of the state, and there is no checkpoint.
+        ScriptInterrupted: the script has to be run anew; let it pass.
         """
+        if self._left:
+            raise HpcftError(
+                "this job is that of a former run of the script",
+                "call hpcft.init() in the script itself, not in a module that it imports",
+            )
+        garbage.as_usual()
+        if self._world.link:
+            self._world.link.send("imported", modules=warm.libraries())
         self._bind(state)
         self.group.refuse = None
         self._warmed = not self.spare
-        if self.spare and self._session.options["warm"]:
+        if self.spare and self._options["warm"]:
             self._warm_up(train, state)
         outcome = self._stretch(train, state)
         while outcome is not Outcome.OVER:
-            if not self._warmed:
+            # A script with shards is run anew.
+            if not self._warmed and not state.sharded():
                 self._warm_up(train, state)
             elif not self.spare and not self._buckets.settled:
                 self._settle(train, state)
-            try:
-                self._recover(state, outcome is Outcome.AGREED)
-            except HpcftError:
-                # The run ends; what came before that is to be told.
-                if self._session.journal:
-                    self._say(self._session.journal.tell(patience=0))
-                if self._world.logical != 0:
-                    # The first to say so ends all, also rank 0 while it is telling.
-                    time.sleep(_LAST_WORDS)
-                raise
+            self._recover(state, outcome is Outcome.AGREED)
             outcome = self._stretch(train, state)
         self._finish(state)
 
@@ -182,6 +189,7 @@ class Job:
             optimizer.register_step_pre_hook(self._before_step)
             optimizer.register_step_post_hook(self._after_step)
         state.__dict__["_commit"] = lambda metrics: self._commit(state, metrics)
+        state.__dict__["_save"] = lambda overlap: self._save(state, overlap)
         self._samplers = [p for p in state.parts.values() if isinstance(p, ElasticBatchSampler)]
         if self._on_shrink == "keep-global-batch" and len(self._samplers) != 1:
             raise HpcftError(
@@ -214,8 +222,8 @@ class Job:
     def _seed_generators(self) -> None:
         # Not torch.manual_seed, which formats a stack trace for each accelerator not in use.
         torch.default_generator.manual_seed(self._step_seed)
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.manual_seed_all(self._step_seed)
+        if module := in_use():
+            module.manual_seed_all(self._step_seed)
         numpy.random.seed(self._step_seed & 0xFFFFFFFF)
         random.seed(self._step_seed)
 
@@ -255,10 +263,10 @@ class Job:
 
     def _share_buffers(self) -> None:
         """Have all ranks go on with rank 0's buffers (running means), as part of the step."""
-        by_type: dict[torch.dtype, list[torch.Tensor]] = {}
+        alike: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
         for buffer in self._shared_buffers:
-            by_type.setdefault(buffer.dtype, []).append(buffer)
-        for buffers in by_type.values():
+            alike.setdefault((buffer.dtype, buffer.device), []).append(buffer)
+        for buffers in alike.values():
             flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
             self.group.broadcast([flat]).wait()
             parts = torch.split(flat, [buffer.numel() for buffer in buffers])
@@ -288,37 +296,66 @@ class Job:
         assert self._savepoint is not None
         self._savepoint.renew()
         self._world.progress.step(state.step)
-        if self._line and self._unsaid:
-            for said in self._unsaid:
-                self._line.say(said)
-            self._unsaid.clear()
-        if self._session.journal:
-            self._say(self._session.journal.stepped(state.step))
-        if self._line and self._world.logical == 0:
-            self._line.step(state.step, self.size, metrics)
+        self._teller.stepped(state.step, self.size, metrics)
         if not self._buckets.settled:
             self._buckets.settle()
         if self._failed():
             raise StepInterrupted
         if self._checkpoints:
-            with self._waiting():
-                self._checkpoints.edge(state)
+            self._checkpoints.edge(state, metrics)
+        if link := self._world.link:
+            for departure in (link.departure, link.resize):
+                if departure.asked:
+                    self._leave_or_go_on(state, departure)
         self._begin_step(state)
+
+    def _leave_or_go_on(self, state: State, departure: Departure) -> None:
+        """All are to leave; see whether this is the step they leave at."""
+        with self._world.progress.waiting():
+            over = departure.over(state.step, self._failed_here_or_there)
+        if over:
+            raise _Leaving
+        if self._failed_here_or_there():
+            raise StepInterrupted
+
+    def _failed_here_or_there(self) -> bool:
+        assert self._world.active is not None
+        return self._failed() or self._world.active.Is_revoked()
+
+    def _save(self, state: State, overlap: bool) -> None:
+        if self._dry or self._idle is not None:
+            return
+        if not self._checkpoints:
+            raise HpcftError("state.save() has nowhere to save to", "start with --ckpt-dir DIR")
+        if self._stepped or self._seeded_forward:
+            raise HpcftError(
+                "state.save() was called in the middle of a step", "call it right after commit()"
+            )
+        if self._failed():
+            raise StepInterrupted
+        self._checkpoints.save(state, overlap)
 
     # -- between failures ----------------------------------------------------------------------
 
     def _stretch(self, train: Callable[[State], None], state: State) -> Outcome:
         """Train, or wait as a spare, until all is over or somebody fails."""
         self._world.progress.run(not self.spare)
+        self._leaving = self._resizing = False
+        link = self._world.link
         if self.spare:
+            assert link is not None
+            link.departure.wait()
+            link.resize.wait()
             return Outcome.OVER if self._world.park() else Outcome.AGREED
         try:
-            if self._world.membership.epoch == 0:
+            if self._world.membership.epoch == self._epoch:
                 self._start(state)
-            train(state)
-            if self._checkpoints:
-                with self._waiting():
-                    self._checkpoints.finish(state)
+            self._world.progress.step(state.step)
+            if link:
+                link.departure.begin(self._world.membership.epoch)
+                link.resize.begin(self._world.membership.epoch)
+            while not self._trained(train, state):
+                pass
         except StepInterrupted:
             return Outcome.BROKEN_OFF
         except MPI.Exception:
@@ -328,21 +365,55 @@ class Job:
             if not self._failed():
                 raise
             self._broken = self._broken or self._stepped > 0
-            if self._line:
-                self._line.say("hpcft: dropped, as a rank has failed: " + traceback.format_exc())
+            self._teller.say("hpcft: dropped, as a rank has failed: " + traceback.format_exc())
             return Outcome.BROKEN_OFF
         return Outcome.OVER if self._world.finish() else Outcome.AGREED
+
+    def _trained(self, train: Callable[[State], None], state: State) -> bool:
+        """Train up to the end, or to where all leave, and save what is to be saved.
+
+        Returns
+        -------
+        False if training goes on: what the next launch was to go on from could not be saved.
+        """
+        try:
+            train(state)
+        except _Leaving:
+            self._leaving = True
+        if not self._checkpoints:
+            return True
+        if self._leaving:
+            link = self._world.link
+            assert link is not None
+            ends = self._checkpoints.any_rank(link.departure.asked)
+            self._resizing = not ends
+            if self._resizing and not self._checkpoints.hand_over(state, link.resize.durable):
+                self._leaving = self._resizing = False
+                link.resize.forget()
+                self._begin_step(state)
+                return False
+        if not self._resizing:
+            self._checkpoints.finish(state)
+        return True
 
     def _start(self, state: State) -> None:
         """Have all ranks begin with the state of rank 0."""
         assert self._world.active is not None
+        assert self._savepoint is not None
         comm = self._world.active
-        if self._session.journal:
-            self._session.journal.started()
-        if self._checkpoints and comm.rank == 0:
-            self._checkpoints.restore(state)
-        with self._waiting():
-            if comm.size > 1 and not state.sharded():
+        self._teller.started()
+        sharded = state.sharded()
+        with self._world.progress.waiting():
+            if self._checkpoints:
+                self._checkpoints.restore(state, comm)
+                # Should a rank fail before all have it, this is what rank 0 gives them.
+                self._savepoint.renew()
+            if self._on_shrink == "scale-lr":
+                size = CommRanks(comm).share(
+                    self._teller.saved_by(state.step) if comm.rank == 0 else None
+                )
+                _scale_learning_rate(state, self.size / size)
+            if comm.size > 1 and not sharded:
                 everybody = Transfer(0, tuple(range(1, comm.size)), 0, 0)
                 if comm.rank == 0:
                     give(comm, everybody, state.take_apart())
@@ -353,30 +424,10 @@ class Job:
         if self._checkpoints:
             self._checkpoints.check(state)
             self._checkpoints.attach(comm, state)
+        self._teller.restored(state.step)
         self._place(state)
-        assert self._savepoint is not None
         self._savepoint.renew()
         self._begun = True
-
-    @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
-        """Around what may wait for other ranks, for the watchdog to know."""
-        self._world.progress.enter()
-        try:
-            yield
-        finally:
-            self._world.progress.leave()
-
-    def _report(self, kind: str, step: int, detail: dict[str, Any]) -> None:
-        """Write down, and in rank 0 say, what has become of a checkpoint."""
-        if self._session.journal:
-            self._session.journal.note(kind, step, detail)
-        if self._line and (said := _checkpoint_in_words(kind, step, detail)):
-            if self._world.logical == 0:
-                self._line.say(said)
-            else:
-                # A spare that is being adopted is not heard yet.
-                self._unsaid.append(said)
 
     def _warm_up(self, train: Callable[[State], None], state: State) -> None:
         """Run a few steps for nobody, so that all that is made on first use is made."""
@@ -413,53 +464,65 @@ class Job:
         What the script's collectives have given it so far may already differ between the ranks,
         and a spare, which parks with collectives of its own, has none of it.
         """
-        if self._world.link is None:
-            return
-        self._world.link.news.wait(_LAST_WORDS)
-        dead = [
-            f"rank {logical} ({failure.cause or 'cause unknown'})"
-            for world, failure in sorted(self._world.link.failures.items())
-            if (logical := self._world.membership.logical(world)) is not None
-        ]
-        raise FailedAtStart(
-            f"{', '.join(dead) or 'a rank'} failed before job.run, while the script was setting up",
-            "start the run again: no step of it is lost",
-        )
+        if self._world.link is not None:
+            raise ScriptInterrupted
+
+    def leave(self) -> None:
+        """The script has been unwound, to be run anew: come to the membership it is run anew with.
+
+        Raises
+        ------
+        HpcftError: the run ends.
+        """
+        if not self._left:
+            # Hit before training: nothing of this process's is worth keeping.
+            report = Report(self._world.world, 0, whole=True, broken=True, anew=True)
+            self._heal(report, lambda comm, plan: None, agreed=False)
+            self._left = True
+        self._world.progress.run(False)
+        if self._world.link:
+            self._world.link.departure.pause()
+        # Its traceback holds the frames it has come through, and these the model.
+        self.group.failure = None
 
     def _recover(self, state: State, agreed: bool) -> None:
         was_spare = self.spare
-        world, link = self._world, self._world.link
-        assert link is not None
+        world = self._world
         assert self._savepoint is not None
+        sharded = state.sharded()
         if self._checkpoints:
-            self._checkpoints.drop()
+            # What is looked for next, if the state is sharded, is the newest.
+            (self._checkpoints.settle if sharded else self._checkpoints.drop)()
         if not was_spare and not self._broken:
             self._savepoint.restore()
         report = Report(
             world.world,
-            state.step if self._begun else -1,
+            -1 if was_spare else state.step,
             whole=self._whole,
-            broken=self._broken or state.sharded(),
+            broken=self._broken or sharded or not self._begun,
+            anew=sharded,
         )
         arrival = Arrival(state, in_place=was_spare)
 
         def transfer(comm: MPI.Intracomm, plan: Transfer) -> None:
+            if plan.anew:
+                return
+            if plan.step < 0:
+                self._restore(state, comm)
             if comm.rank == plan.source:
-                if plan.step < 0:
-                    self._restore(state)
                 give(comm, plan, state.take_apart())
             elif comm.rank in plan.receivers:
                 arrival.receive(comm, plan)
 
-        before = self.size
-        recovery = world.recover(report, transfer, agreed)
-        if world.logical is not None:
+        def settle(recovery: Recovered) -> None:
+            if recovery.transfer.anew or world.logical is None:
+                return
             assert world.active is not None
             if world.logical in recovery.transfer.receivers:
                 arrival.install()
             self.group.attach(world.active)
-            if self._on_shrink == "scale-lr" and self.size != before:
-                _scale_learning_rate(state, self.size / before)
+            if self._on_shrink == "scale-lr":
+                _scale_learning_rate(state, self.size / len(recovery.healing.before.active))
             # What was restored has a step nobody could know when it was planned.
             recovery.transfer = replace(recovery.transfer, step=state.step)
             self._whole = self._begun = True
@@ -467,64 +530,100 @@ class Job:
             self._savepoint = Savepoint(state)
             if self._checkpoints:
                 self._checkpoints.attach(world.active, state)
-        link.send("role", logical=world.logical, active=world.membership.active)
-        if self._session.journal:
-            self._session.journal.recovered(recovery)
-        self._give_up_on_repetition(recovery)
 
-    def _restore(self, state: State) -> None:
-        """Bring back from a file what no survivor has."""
-        if not (self._checkpoints and self._checkpoints.restore(state)):
-            raise state_lost()
+        try:
+            recovery = self._heal(report, transfer, agreed, settle)
+        except StateLost as error:
+            if sharded:
+                raise _shard_lost() from error
+            raise
+        if recovery.transfer.anew:
+            self._left = True
+            # For what the script does while it is unwound.
+            self.group.failure = self.group.failure or MPI.Exception(MPI.ERR_REVOKED)
+            raise ScriptInterrupted
 
-    def _say(self, told: list[Recovered]) -> None:
-        if self._line and self._world.logical == 0:
-            assert self._world.link is not None
-            for recovery in told:
-                self._line.say(_in_words(recovery, self._world.link.failures, self._world.hosts))
+    def _heal(
+        self,
+        report: Report,
+        transfer: Callable[[MPI.Intracomm, Transfer], None],
+        agreed: bool,
+        settle: Callable[[Recovered], None] = lambda recovery: None,
+    ) -> Recovered:
+        """Come to a new world, and let everybody know.
 
-    def _give_up_on_repetition(self, recovery: Recovered) -> None:
-        """A script that raises wherever and by whomever it is run is not a failure to heal."""
-        link = self._world.link
+        Parameters
+        ----------
+        report, transfer, agreed: as :meth:`hpcft.world.recovery.World.recover` takes them.
+        settle: makes this process one of the new world.
+        """
+        world, link = self._world, self._world.link
         assert link is not None
-        for logical in recovery.healing.failed:
-            # MPI can have told of it before the shepherd's message has been read.
-            patience = 0.5 if self._world.logical == 0 else 0.0
-            failure = link.failure(recovery.healing.before.active[logical], patience)
-            if failure and failure.cause.startswith("exit code"):
-                here = (recovery.transfer.step, failure.cause)
-                if self._raised.get(logical) == here:
-                    raise HpcftError(
-                        f"rank {logical} failed twice at step {here[0]} in the same way: {here[1]}",
-                        f"see the log of process {failure.rank} in the run directory",
-                    )
-                self._raised[logical] = here
+        self.group.revoke()
+        try:
+            recovery = world.recover(report, transfer, agreed)
+            if self._checkpoints and world.logical == 0:
+                self._checkpoints.take_over()
+            settle(recovery)
+            link.send(
+                "role",
+                logical=world.logical,
+                active=world.membership.active,
+                epoch=world.membership.epoch,
+            )
+            self._teller.recovered(recovery)
+            self._repetition.look(recovery)
+        except HpcftError:
+            # The run ends; what came before that is to be told.
+            self._teller.tell()
+            if world.logical != 0:
+                # The first to say so ends all, also rank 0 while it is telling.
+                time.sleep(_LAST_WORDS)
+            raise
+        return recovery
+
+    def _restore(self, state: State, comm: MPI.Intracomm) -> None:
+        """Bring back from a checkpoint what no survivor has."""
+        if not (self._checkpoints and self._checkpoints.restore(state, comm)):
+            raise state_lost()
 
     # -- the end -------------------------------------------------------------------------------
 
     def _finish(self, state: State) -> None:
+        link = self._world.link
+        if link:
+            link.departure.wait()
+            link.resize.wait()
         self._world.progress.run(False)
-        if self._world.link:
-            self._world.link.send("agreed")
+        if self._checkpoints and self._world.logical == 0:
+            self._checkpoints.close()
+        if link:
+            link.send("agreed", handed_over=self._resizing)
         if self.spare:
             raise SystemExit(0)
-        if self._session.journal:
-            self._say(self._session.journal.tell(patience=0))
-            wanted = self._session.options["digest"] and self._world.logical == 0
-            self._session.journal.finished(state.step, state.digest() if wanted else None)
+        if self._resizing:
+            self._teller.tell()
+            raise SystemExit(INTERRUPTED)
+        if self._leaving:
+            assert link is not None
+            assert self._checkpoints is not None
+            self._teller.interrupted(state.step, link.departure.reason, self._checkpoints.newest)
+            raise SystemExit(INTERRUPTED)
+        # Of shards nobody has all bytes.
+        wanted = self._options["digest"] and not state.sharded() and self._world.logical == 0
+        self._teller.finished(state.step, state.digest() if wanted else None)
 
 
-def _checkpoint_in_words(kind: str, step: int, detail: Mapping[str, Any]) -> str:
-    if kind == "restore":
-        return f"hpcft: going on from step {step}, restored from {detail['path']}"
-    if kind == "damaged":
-        return f"hpcft: the checkpoint of step {step} is no good: {detail['why']}"
-    if kind == "save failed":
-        return f"hpcft: {detail['why']}; training goes on without it"
-    return ""
+def _shard_lost() -> StateLost:
+    return StateLost(
+        "a rank has failed, and with it its shard of the training state, which no other holds",
+        "start again; with --ckpt-dir the next run will have something to go on from",
+    )
 
 
 def _scale_learning_rate(state: State, factor: float) -> None:
+    if factor == 1:
+        return
     for part in state.parts.values():
         if isinstance(part, torch.optim.Optimizer):
             for settings in part.param_groups:
@@ -533,25 +632,3 @@ def _scale_learning_rate(state: State, factor: float) -> None:
                     settings["initial_lr"] *= factor
         elif isinstance(part, torch.optim.lr_scheduler.LRScheduler):
             part.base_lrs = [lr * factor for lr in part.base_lrs]
-
-
-def _in_words(
-    recovery: Recovered, failures: Mapping[int, Failure], hosts: Mapping[int, str]
-) -> str:
-    healing = recovery.healing
-    adopted = {adoption.failed: adoption.world for adoption in healing.adoptions}
-    said = []
-    for world in healing.dead:
-        failure = failures.get(world)
-        logical = healing.before.logical(world)
-        name = f"spare {world}" if logical is None else f"rank {logical}"
-        then = ""
-        if world in adopted:
-            then = f", process {adopted[world]} on {hosts[adopted[world]]} took over"
-        said.append(f"{name} on {hosts[world]} failed ({failure.cause if failure else '?'}){then}")
-    active, spares = len(healing.after.active), len(healing.after.spares)
-    milliseconds = 1000 * (recovery.ended - recovery.began)
-    return (
-        f"hpcft: {'; '.join(said)}. Going on at step {recovery.transfer.step} with {active} ranks "
-        f"and {spares} spares, recovered in {milliseconds:.0f} ms"
-    )

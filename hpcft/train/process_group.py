@@ -1,13 +1,18 @@
 """torch.distributed over a recoverable communicator.
 
-A process group whose collectives call MPI on the tensors' own memory. Unmodified
-DistributedDataParallel and FSDP2 run over it. What is particular is how it meets failures: the
-first MPI error is recorded, and from then on collectives complete at once without doing anything,
-so that a backward pass comes to its end; the job looks at :attr:`WorldProcessGroup.failure` at the
-edges of a step, recovers, and attaches the new communicator to the same object, so that whatever
-holds the group (a DDP module) keeps it.
+A process group whose collectives call MPI on the tensors' own memory; those on a device travel
+through pinned host memory. Unmodified DistributedDataParallel and FSDP2 run over it. What is
+particular is how it meets failures: the first MPI error is recorded, and from then on collectives
+complete at once without doing anything, so that a backward pass comes to its end; the job looks at
+:attr:`WorldProcessGroup.failure` at the edges of a step, recovers, and attaches the new
+communicator to the same object, so that whatever holds the group (a DDP module) keeps it.
 
-Collectives block, in the thread that torch calls them in; sends and receives do not.
+Collectives block, in the thread that torch calls them in; sends and receives do not. Of a tensor on
+a device is sent what it holds when the current stream has done what it was given before the call;
+and what the stream is given after the call, or after ``wait()``, finds the result.
+
+Whether MPI knows of devices makes no difference. The messaging layer that ULFM works through (ob1)
+copies them to host memory itself to add them up, and that is not pinned.
 """
 
 from __future__ import annotations
@@ -15,13 +20,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from mpi4py import MPI
 from torch.futures import Future
+from torch.utils import _pytree as pytree
 
+from hpcft.ckpt import device
 from hpcft.errors import HpcftError
 from hpcft.world.requests import all_done, wait_all
 
@@ -79,9 +86,16 @@ class _Done(dist.Work):
         return self._result
 
     def get_future(self) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(self._result)
-        return future
+        return completed(self._result)
+
+
+def completed(result: Any) -> Future[Any]:
+    """A future of a result that is there, or that the current streams are about to make."""
+    leaves = pytree.tree_leaves(result)
+    devices = {leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    future: Future[Any] = Future(devices=[d for d in devices if d.type != "cpu"])
+    future.set_result(result)
+    return future
 
 
 class _Pending(dist.Work):
@@ -91,7 +105,7 @@ class _Pending(dist.Work):
     ----------
     group: whose call it is; records a failure, as in a collective.
     requests: what MPI knows of it.
-    memories: what is sent, or received into.
+    memories: what is received into.
     """
 
     def __init__(
@@ -137,40 +151,47 @@ def _operation(op: Any) -> MPI.Op:
 class _Memory:
     """A tensor's memory as MPI can use it.
 
-    Contiguous tensors in host memory are used as they are. Others, and for reductions those of
-    types that MPI cannot add (bfloat16, float16, float8), travel through a copy, reductions in
-    float32; :meth:`settle` brings the result back.
+    Contiguous tensors in host memory are used as they are. Others, those on a device, and for
+    reductions those of types that MPI cannot add (bfloat16, float16, float8), travel through a
+    copy, reductions in float32; :meth:`settle` brings the result back.
+
+    Parameters
+    ----------
+    fill: the tensor's values are to be sent.
     """
 
-    def __init__(self, tensor: torch.Tensor, reduce: bool = False) -> None:
+    def __init__(self, tensor: torch.Tensor, reduce: bool = False, fill: bool = True) -> None:
         self._tensor = tensor
         work = tensor.detach()
         if work.is_complex():
             work = torch.view_as_real(work)
         if reduce and work.dtype not in _TYPES:
             work = work.float()
-        if work.device.type != "cpu":
-            work = work.cpu()
+        if device.is_elsewhere(work):
+            staged = device.beside(work.device, work.shape, work.dtype)
+            if fill:
+                # Waits for the current stream.
+                staged.copy_(work)
+            work = staged
         self.flat = work.contiguous().reshape(-1)
         self._direct = self.flat.data_ptr() == tensor.data_ptr()
 
     @property
     def buffer(self) -> tuple[Any, MPI.Datatype]:
         """What mpi4py takes."""
-        kind = _TYPES.get(self.flat.dtype)
-        if kind is None:
-            return self.flat.view(torch.uint8).numpy(), MPI.BYTE
-        return self.flat.numpy(), kind
+        return _buffer(self.flat)
 
     def settle(self) -> None:
         """Bring the result to the tensor, if it is not there yet."""
         if not self._direct:
-            shape = self._tensor
-            result = self.flat.to(shape.device)
-            if shape.is_complex():
-                torch.view_as_real(shape).copy_(result.view_as(torch.view_as_real(shape)))
-            else:
-                shape.copy_(result.view_as(shape))
+            _put(self._tensor, self.flat)
+
+
+def _buffer(flat: torch.Tensor) -> tuple[Any, MPI.Datatype]:
+    kind = _TYPES.get(flat.dtype)
+    if kind is None:
+        return flat.view(torch.uint8).numpy(), MPI.BYTE
+    return flat.numpy(), kind
 
 
 class WorldProcessGroup(dist.ProcessGroup):
@@ -183,14 +204,18 @@ class WorldProcessGroup(dist.ProcessGroup):
     ----------
     rank, size: what to claim until :meth:`attach`.
     progress: is told of blocking calls.
+    root: the group of all ranks of which this one has some; None if it is that itself.
 
     Attributes
     ----------
-    failure: the first MPI error since the last :meth:`attach`, None while all is well.
+    failure: the first MPI error since the last :meth:`attach`, None while all is well; the same for
+        a group and its subgroups, for a rank that has failed is missing in the end from all.
     refuse: called when a failure is met, until a script is past what it cannot take back.
     """
 
-    def __init__(self, rank: int, size: int, progress: Progress) -> None:
+    def __init__(
+        self, rank: int, size: int, progress: Progress, root: WorldProcessGroup | None = None
+    ) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]
         self._rank = rank
         self._size = size
@@ -198,8 +223,28 @@ class WorldProcessGroup(dist.ProcessGroup):
         self._name = self._description = ""
         self._comm: MPI.Intracomm | None = None
         self._subgroups: list[tuple[WorldProcessGroup, tuple[int, ...]]] = []
-        self.failure: BaseException | None = None
-        self.refuse: Callable[[], None] | None = None
+        self._root = root
+        self._failure: BaseException | None = None
+        self._refuse: Callable[[], None] | None = None
+
+    @property
+    def failure(self) -> BaseException | None:
+        return self._root.failure if self._root else self._failure
+
+    @failure.setter
+    def failure(self, failure: BaseException | None) -> None:
+        if self._root:
+            self._root.failure = failure
+        else:
+            self._failure = failure
+
+    @property
+    def refuse(self) -> Callable[[], None] | None:
+        return self._root.refuse if self._root else self._refuse
+
+    @refuse.setter
+    def refuse(self, refuse: Callable[[], None] | None) -> None:
+        self._refuse = refuse
 
     # -- what the job does with it -------------------------------------------------------------
 
@@ -227,20 +272,43 @@ class WorldProcessGroup(dist.ProcessGroup):
         for group, _ in self._subgroups:
             group.attach(comm.Dup())
 
+    def revoke(self) -> None:
+        """Have all ranks leave the collectives of subgroups; those they have with a rank that has
+        left them for a recovery would never end."""
+        for group, _ in self._subgroups:
+            if group._comm is not None:
+                group._comm.Revoke()
+
     def park(self, rank: int, size: int) -> None:
         """Make collectives local, claiming to be ``rank`` of ``size``."""
         self._comm, self._rank, self._size = None, rank, size
 
-    def subgroup(self, ranks: Sequence[int]) -> WorldProcessGroup:
-        """A group of some of the ranks, for ``dist.new_group``; called by these ranks only."""
-        group = WorldProcessGroup(ranks.index(self._rank), len(ranks), self._progress)
-        self._subgroups.append((group, tuple(ranks)))
-        comm = self._comm
-        if comm is not None and self.failure is None:
-            try:
-                group.attach(comm.Create_group(comm.Get_group().Incl(list(ranks))))
-            except MPI.Exception as error:
-                self.failure = error
+    def subgroup(self, ranks: Sequence[int], alone: bool = False) -> WorldProcessGroup | None:
+        """A group of some of the ranks, for ``dist.new_group``; None in a rank that is not in it.
+
+        Parameters
+        ----------
+        alone: only these ranks make the call, and not all. Should one of them die meanwhile the
+            others hang: MPI_Comm_create_group of Open MPI 5.0 notices neither failures nor that the
+            communicator has been revoked.
+        """
+        rank = ranks.index(self._rank) if self._rank in ranks else None
+        group = None
+        if rank is not None:
+            group = WorldProcessGroup(rank, len(ranks), self._progress, self)
+            self._subgroups.append((group, tuple(ranks)))
+
+        def call(comm: MPI.Intracomm) -> None:
+            if alone:
+                made = comm.Create_group(comm.Get_group().Incl(list(ranks)))
+            else:
+                made = cast(
+                    MPI.Intracomm, comm.Split(MPI.UNDEFINED if rank is None else 0, rank or 0)
+                )
+            if group is not None:
+                group.attach(made)
+
+        self._call(call, local=_nothing)
         return group
 
     # -- what torch asks -----------------------------------------------------------------------
@@ -267,6 +335,25 @@ class WorldProcessGroup(dist.ProcessGroup):
 
     def setGroupDesc(self, description: str) -> None:  # noqa: N802
         self._description = description
+
+    def new_group(
+        self,
+        ranks: Sequence[int],
+        timeout: Any = None,
+        pg_options: Any = None,
+        group_name: str = "",
+        group_desc: str = "",
+    ) -> WorldProcessGroup | None:
+        """What ``dist.new_group`` comes to, in all ranks.
+
+        With ``use_local_synchronization`` only the group's own come here; torch then makes up a
+        name of the ranks, where it otherwise counts.
+        """
+        group = self.subgroup(ranks, alone=not group_name.isdigit())
+        if group is not None:
+            group.setGroupName(group_name)
+            group.setGroupDesc(group_desc or "undefined")
+        return group
 
     def _call(
         self, call: Callable[[MPI.Intracomm], object], *, local: Callable[[], object]
@@ -332,7 +419,7 @@ class WorldProcessGroup(dist.ProcessGroup):
 
         def call(comm: MPI.Intracomm) -> None:
             for tensor in tensors:
-                memory = _Memory(tensor)
+                memory = _Memory(tensor, fill=comm.rank == root)
                 comm.Bcast(memory.buffer, root)
                 memory.settle()
 
@@ -367,8 +454,8 @@ class WorldProcessGroup(dist.ProcessGroup):
         def call(comm: MPI.Intracomm) -> None:
             for parts, own in zip(outputs, inputs, strict=True):
                 mine = _Memory(own)
-                whole = torch.empty(comm.size * mine.flat.numel(), dtype=mine.flat.dtype)
-                comm.Allgather(mine.buffer, _Memory(whole).buffer)
+                whole = _room(own, comm.size, mine)
+                comm.Allgather(mine.buffer, _buffer(whole))
                 for part, got in zip(parts, whole.chunk(comm.size), strict=True):
                     _put(part, got)
 
@@ -384,7 +471,7 @@ class WorldProcessGroup(dist.ProcessGroup):
         """Give every rank every rank's tensor, one after the other in ``output``."""
 
         def call(comm: MPI.Intracomm) -> None:
-            target = _Memory(output)
+            target = _Memory(output, fill=False)
             comm.Allgather(_Memory(own).buffer, target.buffer)
             target.settle()
 
@@ -413,7 +500,7 @@ class WorldProcessGroup(dist.ProcessGroup):
         mpi_op = _operation(op)
 
         def call(comm: MPI.Intracomm) -> None:
-            target = _Memory(output, reduce=True)
+            target = _Memory(output, reduce=True, fill=False)
             comm.Reduce_scatter_block(_Memory(whole, reduce=True).buffer, target.buffer, mpi_op)
             target.settle()
 
@@ -452,8 +539,8 @@ class WorldProcessGroup(dist.ProcessGroup):
             if comm.rank != root:
                 comm.Gather(mine.buffer, None, root)
                 return
-            whole = torch.empty(comm.size * mine.flat.numel(), dtype=mine.flat.dtype)
-            comm.Gather(mine.buffer, _Memory(whole).buffer, root)
+            whole = _room(inputs[0], comm.size, mine)
+            comm.Gather(mine.buffer, _buffer(whole), root)
             for part, got in zip(outputs[0], whole.chunk(comm.size), strict=True):
                 _put(part, got)
 
@@ -469,7 +556,7 @@ class WorldProcessGroup(dist.ProcessGroup):
         root = getattr(opts, "rootRank", 0)
 
         def call(comm: MPI.Intracomm) -> None:
-            target = _Memory(outputs[0])
+            target = _Memory(outputs[0], fill=False)
             whole = None
             if comm.rank == root:
                 whole = _Memory(torch.cat([p.detach().reshape(-1) for p in inputs[0]])).buffer
@@ -489,7 +576,7 @@ class WorldProcessGroup(dist.ProcessGroup):
         """Each rank gives each rank a slice."""
 
         def call(comm: MPI.Intracomm) -> None:
-            target, source = _Memory(output), _Memory(whole)
+            target, source = _Memory(output, fill=False), _Memory(whole)
             if not output_splits and not input_splits:
                 comm.Alltoall(source.buffer, target.buffer)
             else:
@@ -517,7 +604,7 @@ class WorldProcessGroup(dist.ProcessGroup):
 
     def alltoall(self, outputs: Any, inputs: Any, opts: Any = None) -> dist.Work:
         def call(comm: MPI.Intracomm) -> None:
-            targets = [_Memory(tensor) for tensor in outputs]
+            targets = [_Memory(tensor, fill=False) for tensor in outputs]
             requests = [
                 comm.Irecv(target.buffer, source=peer) for peer, target in enumerate(targets)
             ]
@@ -541,13 +628,14 @@ class WorldProcessGroup(dist.ProcessGroup):
         return _Done([])
 
     def send(self, tensors: Any, peer: int, tag: int = 0) -> dist.Work:
-        # Settling these writes a tensor's own values back to it.
         memories = [_Memory(tensor) for tensor in tensors]
-        return self._post(lambda comm, memory: comm.Isend(memory.buffer, peer, tag), memories)
+        return self._post(lambda comm, memory: comm.Isend(memory.buffer, peer, tag), memories, [])
 
     def recv(self, tensors: Any, peer: int, tag: int = 0) -> dist.Work:
-        memories = [_Memory(tensor) for tensor in tensors]
-        return self._post(lambda comm, memory: comm.Irecv(memory.buffer, peer, tag), memories)
+        memories = [_Memory(tensor, fill=False) for tensor in tensors]
+        return self._post(
+            lambda comm, memory: comm.Irecv(memory.buffer, peer, tag), memories, memories
+        )
 
     def recv_anysource(self, tensors: Any, tag: int = 0) -> dist.Work:
         return self.recv(tensors, MPI.ANY_SOURCE, tag)
@@ -556,6 +644,7 @@ class WorldProcessGroup(dist.ProcessGroup):
         self,
         post: Callable[[MPI.Intracomm, _Memory], MPI.Request],
         memories: list[_Memory],
+        received: list[_Memory],
     ) -> dist.Work:
         requests: list[MPI.Request] = []
 
@@ -563,7 +652,7 @@ class WorldProcessGroup(dist.ProcessGroup):
             requests.extend(post(comm, memory) for memory in memories)
 
         self._call(call, local=_nothing)
-        return _Pending(self, requests, memories)
+        return _Pending(self, requests, received)
 
 
 def _nothing() -> None:
@@ -577,8 +666,17 @@ def _op_of(opts: Any) -> Any:
 
 
 def _put(part: torch.Tensor, got: torch.Tensor) -> None:
+    """Bring to a tensor what has come for it; on a device when its current stream comes to it."""
     target = torch.view_as_real(part) if part.is_complex() else part
-    target.copy_(got.view_as(target))
+    if got.dtype != target.dtype:
+        # Converted there.
+        got = got.to(target.device, non_blocking=True)
+    target.copy_(got.view_as(target), non_blocking=True)
+
+
+def _room(like: torch.Tensor, ranks: int, mine: _Memory) -> torch.Tensor:
+    """Host memory for what all ranks have of a tensor."""
+    return device.beside(like.device, (ranks * mine.flat.numel(),), mine.flat.dtype)
 
 
 def _elements(memory: _Memory) -> int:
@@ -595,9 +693,14 @@ def install(group: WorldProcessGroup) -> None:
         if not made:
             made = True
             return group
-        return group.subgroup(list(options.global_ranks_in_group))
+        # Where torch does not know WorldProcessGroup.new_group (before 2.13).
+        subgroup = group.subgroup(list(options.global_ranks_in_group), alone=True)
+        assert subgroup is not None
+        return subgroup
 
-    dist.Backend.register_backend(_BACKEND, create, extended_api=True, devices=["cpu", "cuda"])
+    accelerator = torch.accelerator.current_accelerator()
+    devices = sorted({"cpu", "cuda", *([accelerator.type] if accelerator else [])})
+    dist.Backend.register_backend(_BACKEND, create, extended_api=True, devices=devices)
     # Nothing is exchanged through the store: MPI has brought the ranks together.
     store = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(_BACKEND, store=store, rank=group.rank(), world_size=group.size())

@@ -7,6 +7,7 @@ import hashlib
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import numpy
@@ -14,20 +15,26 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
+from hpcft.ckpt import device
+from hpcft.ckpt.spec import Spec
+from hpcft.ckpt.tree import is_sharded, local
 from hpcft.errors import HpcftError
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Stands for a tensor in a state's skeleton."""
+    """Stands for a tensor in a state's skeleton.
+
+    device: the kind of device it is on; which of them is every rank's own affair.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    device: torch.device
+    device: str
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Slot:
-        return cls(tensor.dtype, tuple(tensor.shape), tensor.device)
+        return cls(tensor.dtype, tuple(tensor.shape), tensor.device.type)
 
 
 @dataclass
@@ -73,6 +80,7 @@ class State:
         set_("values", {})
         set_("step", 0)
         set_("_commit", None)
+        set_("_save", None)
         for name, part in parts.items():
             if hasattr(type(self), name) or name in ("parts", "values", "step", "hpcft"):
                 raise HpcftError(f"a state cannot have a part called {name!r}", "choose another")
@@ -86,6 +94,7 @@ class State:
     values: dict[str, Any]
     step: int
     _commit: Callable[[dict[str, float]], None] | None
+    _save: Callable[[bool], None] | None
 
     def __getattr__(self, name: str) -> Any:
         for store in ("values", "parts"):
@@ -120,6 +129,28 @@ class State:
                 "commit() was called outside job.run()", "call it in the train function"
             )
         self._commit(metrics)
+
+    def save(self, overlap: bool = False) -> None:
+        """Save a checkpoint of where training has come to, besides those that --ckpt-every brings.
+
+        To be called in all ranks, right after :meth:`commit`. Returns when the state is copied and
+        may change; it is written, and committed, while training goes on. Should it fail, that is
+        told as for other checkpoints, and training goes on. One that is still under way when a rank
+        fails is begun anew after the recovery.
+
+        Parameters
+        ----------
+        overlap: return at once, and copy while the next step's forward and backward pass run; only
+            ``optimizer.step()`` waits for what is left. Parameters must not change otherwise.
+
+        Raises
+        ------
+        HpcftError: it is not the time, or there is no --ckpt-dir.
+        StepInterrupted: somebody has failed; ``job.run`` handles it, let it pass.
+        """
+        if self._save is None:
+            raise HpcftError("save() was called outside job.run()", "call it in the train function")
+        self._save(overlap)
 
     # -- for the job ---------------------------------------------------------------------------
 
@@ -182,9 +213,9 @@ class State:
         if not frozen:
             return content
         lasting = {
-            tensor.data_ptr() for module in self.modules() for tensor in module.parameters()
+            _address(tensor) for module in self.modules() for tensor in module.parameters()
         } | {
-            leaf.data_ptr()
+            _address(leaf)
             for optimizer in self.optimizers()
             for leaf in pytree.tree_leaves(optimizer.state_dict()["state"])
             if isinstance(leaf, torch.Tensor)
@@ -192,7 +223,7 @@ class State:
 
         def freeze(leaf: Any) -> Any:
             if isinstance(leaf, torch.Tensor):
-                return leaf if leaf.data_ptr() in lasting else leaf.clone()
+                return leaf if _address(leaf) in lasting else leaf.clone()
             return leaf.copy() if isinstance(leaf, numpy.ndarray) else leaf
 
         return cast("dict[str, Any]", pytree.tree_map(freeze, content))
@@ -212,6 +243,36 @@ class State:
         self.values.clear()
         self.values.update(content["values"])
         self.step = step
+
+    def targets(self) -> Callable[[tuple[str | int, ...], Spec], torch.Tensor | None]:
+        """Tells where leaves of a checkpoint are to go that are sharded or on a device, by their
+        keys in its tree.
+
+        That is the live tensor of the same keys; and for what an optimizer keeps, which it may not
+        have yet: a tensor of the shape of its parameter is where, and sharded as, the parameter is.
+        """
+        live = dict(_particular(self.to_tree(frozen=False), ()))
+        for name, part in self.parts.items():
+            if isinstance(part, torch.optim.Optimizer):
+                parameters = (p for group in part.param_groups for p in group["params"])
+                for number, parameter in enumerate(parameters):
+                    if _is_particular(parameter):
+                        live[name, "state", number] = parameter.detach()
+
+        def target(keys: tuple[str | int, ...], spec: Spec) -> torch.Tensor | None:
+            found = live.get(keys)
+            dtype = getattr(torch, spec.dtype)
+            if found is not None and found.dtype == dtype:
+                return found
+            like = live.get(keys[:3]) if found is None else found
+            if like is None or tuple(like.shape) != spec.shape:
+                return None
+            if not spec.shape and not is_sharded(like):
+                # Rather a count of steps than a moment; where it is the optimizer knows.
+                return None
+            return torch.empty_like(like, dtype=dtype)
+
+        return target
 
     def digest(self) -> str:
         """SHA-256 over names, types, shapes and bytes of all tensors of the tracked modules.
@@ -233,12 +294,34 @@ class State:
         return [buffer for module in self.modules() for buffer in module.buffers()]
 
     def sharded(self) -> bool:
-        """Whether a rank holds only its shard of some parameter (FSDP, DTensor)."""
-        return any(
-            hasattr(parameter, "device_mesh")
-            for module in self.modules()
-            for parameter in module.parameters()
-        )
+        """Whether a rank holds only its shard of something (FSDP, DTensor).
+
+        That is a parameter, or what an optimizer keeps, as soon as it does so.
+        """
+        parameters = (p for module in self.modules() for p in module.parameters())
+        kept = (leaf for o in self.optimizers() for leaf in pytree.tree_leaves(dict(o.state)))
+        return any(map(is_sharded, chain(parameters, kept)))
+
+
+def _particular(
+    value: Any, keys: tuple[str | int, ...]
+) -> Iterator[tuple[tuple[str | int, ...], torch.Tensor]]:
+    """The tensors in plain data that cannot be just anywhere, with the keys that lead there."""
+    if isinstance(value, (dict, list, tuple)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _particular(item, (*keys, key))
+    elif _is_particular(value):
+        yield keys, value
+
+
+def _is_particular(value: Any) -> bool:
+    """Whether it is a DTensor, or a tensor on a device."""
+    return is_sharded(value) or (isinstance(value, torch.Tensor) and device.is_elsewhere(value))
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Where this rank's bytes of a tensor are."""
+    return (local(tensor) if is_sharded(tensor) else tensor).data_ptr()
 
 
 def _bare(part: Any) -> Any:
@@ -252,7 +335,7 @@ def _same(live_tree: Any, new_tree: Any) -> bool:
 
     def same(a: Any, b: Any) -> bool:
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-            return a.data_ptr() == b.data_ptr()
+            return _address(a) == _address(b)
         plain = (bool, int, float, str, type(None))
         return type(a) is type(b) and isinstance(a, plain) and a == b
 

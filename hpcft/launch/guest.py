@@ -1,0 +1,150 @@
+"""Coming to a run from outside: by its door, as a guest of its shepherds.
+
+The run directory has a file that only its user can read, with where the shepherds of the present
+launch listen and their secret. Who knows it connects to any one of them, takes part in the facts
+(:mod:`hpcft.launch.fleet`), and may so become a rank of the next launch, or have others leave.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hpcft.errors import HpcftError
+from hpcft.launch.channel import Connection, Message, connect
+from hpcft.launch.company import GUESTS, Company, Peer
+from hpcft.telemetry.rundir import RunDirectory
+
+#: Seconds in which a shepherd has to answer.
+_ANSWER_TIME = 3.0
+#: Seconds in which a run that has no door, or behind whose door is nobody, may get one: it may just
+#: be relaunched.
+_DOOR_TIME = 30.0
+
+
+@dataclass(frozen=True)
+class Door:
+    """How to get into a run.
+
+    launch: which one the shepherds look after, from 1.
+    secret: theirs, in hexadecimal digits.
+    peers: where they are.
+    argv, cwd: the run's command line, and where it was given.
+    modules: what a script like this imports.
+    sizes: how many ranks train at first, ever, and are parked.
+    min_ranks: with how many it goes on.
+    closed: why it takes no guests, with a remedy; empty if it does.
+    """
+
+    launch: int
+    secret: str
+    peers: tuple[Peer, ...]
+    argv: tuple[str, ...]
+    cwd: str
+    modules: tuple[str, ...]
+    sizes: tuple[int, int, int]
+    min_ranks: int
+    closed: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> Door:
+        peers = tuple(Peer(**peer) for peer in content["peers"])
+        lists = {name: tuple(content[name]) for name in ("argv", "modules", "sizes")}
+        return cls(**{**content, **lists, "peers": peers})
+
+
+class Guest(Company):
+    """This process as a guest.
+
+    Parameters
+    ----------
+    launch: that the shepherds look after.
+    """
+
+    def __init__(self, connection: Connection, number: int, door: Door) -> None:
+        super().__init__(number, list(door.peers), _nothing)
+        self.launch = door.launch
+        self._connection = connection
+        self._reading = asyncio.ensure_future(self._read())
+
+    @property
+    def gone(self) -> bool:
+        # The launch is over, or the shepherd is lost.
+        return self._reading.done()
+
+    async def wait(self, condition: Callable[[], bool]) -> bool:
+        """Wait until something is known; whether it is, or the connection has gone before."""
+        while not condition():
+            if self.gone:
+                return condition()
+            await asyncio.sleep(0.02)
+        return True
+
+    async def leave(self) -> None:
+        self.announce("bye", self.rank)
+        self._reading.cancel()
+        await self._connection.close()
+
+    async def _read(self) -> None:
+        try:
+            while (message := await self._connection.receive()) is not None:
+                self._learn(message, self._connection)
+        except OSError:
+            pass
+
+    def _learn(self, fact: Message, origin: Connection | None) -> None:
+        if not self._note(fact):
+            return
+        if origin is None:
+            self._connection.send(fact)
+        self.on_fact(fact)
+
+
+async def visit(rundir: RunDirectory) -> tuple[Guest, Door]:
+    """Come to a run as a guest.
+
+    Raises
+    ------
+    HpcftError: it has ended, takes no guests, or does not answer.
+    """
+    deadline = time.monotonic() + _DOOR_TIME
+    while True:
+        if summary := rundir.summary():
+            raise HpcftError(f"the run in {rundir.path} has ended: {summary['result']}")
+        content = rundir.door()
+        door = Door.of(content) if content else None
+        if door and door.closed:
+            raise HpcftError(f"the run in {rundir.path} cannot be resized: {door.closed}")
+        guest = await _enter(door) if door else None
+        if door and guest:
+            return guest, door
+        if time.monotonic() > deadline:
+            raise HpcftError(
+                f"nobody answers for the run in {rundir.path}",
+                "see `hpcft ps`; its nodes must be reached from here, and its training have begun",
+            )
+        await asyncio.sleep(0.2)
+
+
+async def _enter(door: Door) -> Guest | None:
+    number = GUESTS + secrets.randbelow(1 << 30)
+    for peer in door.peers:
+        try:
+            connection = await asyncio.wait_for(
+                connect(peer.address, peer.port, bytes.fromhex(door.secret), number), _ANSWER_TIME
+            )
+        except (OSError, asyncio.TimeoutError):
+            continue
+        return Guest(connection, number, door)
+    return None
+
+
+def _nothing(fact: Message) -> None:
+    """Until somebody wants to hear of facts."""

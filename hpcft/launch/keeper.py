@@ -1,0 +1,299 @@
+"""Keeps this task's part in a run, through one launch of the ranks after the other.
+
+Each launch has a world of its own, and a shepherd for its rank (:mod:`hpcft.launch.shepherd`). What
+lasts is the process here, the warm process that ranks are forked from, and the channel to the other
+tasks, over which they come together for the next launch (:mod:`hpcft.launch.muster`). A guest's
+begins with that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import overload
+
+from hpcft.errors import HpcftError
+from hpcft.launch.child import adopt_orphans
+from hpcft.launch.company import Company
+from hpcft.launch.guest import visit
+from hpcft.launch.muster import GivenUp, Launched, LeftOut, Muster
+from hpcft.launch.options import RunOptions, Sizes
+from hpcft.launch.place import Task
+from hpcft.launch.settings import local_settings
+from hpcft.launch.shepherd import Shepherd
+from hpcft.launch.warm import Warm
+from hpcft.telemetry.rundir import RunDirectory
+from hpcft.world.parent import die_with_parent
+
+#: Seconds in which a run may be relaunched as often as ``--max-relaunch`` says.
+_BUDGET_TIME = 3600.0
+#: Seconds that mpiexec or srun may take to end by itself when its tasks have.
+_LAUNCHER_TIME = 3.0
+#: Launches in a row that may end without having come further.
+_VAIN = 2
+#: Launches that may come to nothing when the ranks have left to be more or fewer, all but the first
+#: without those that would have joined; and how often one tries to join.
+_TRIES = 3
+
+
+class Keeper:
+    """One task's.
+
+    Parameters
+    ----------
+    settings: environment variables for the rank.
+    sizes: how many ranks train.
+    folder: for mpiexec's own files.
+    """
+
+    def __init__(
+        self,
+        options: RunOptions,
+        task: Task,
+        settings: Mapping[str, str],
+        sizes: Sizes,
+        folder: Path,
+    ) -> None:
+        self._options = options
+        self._task = task
+        self._settings = dict(settings)
+        self._sizes = sizes
+        self._folder = folder
+        self._rundir = RunDirectory(options.run_dir)
+        #: When the run was relaunched, in seconds (monotonic).
+        self._times: list[float] = []
+        #: The step to which any rank had come, and how many launches have not come further.
+        self._furthest, self._vain = 0, 0
+
+    async def run(self) -> int:
+        """Look after the task's rank until the run is over.
+
+        Returns
+        -------
+        The exit code to leave with.
+        """
+        place = self._task.place
+        here = local_settings(self._task.number_here, self._task.ranks_here)
+        environ = {**os.environ, **self._settings, **here}
+        with self._warmed(environ, self._rundir.log_file(place.rank)):
+            sizes = self._sizes
+            shepherd = Shepherd(
+                self._options, self._task, place, environ, sizes.initial, sizes, self._warm
+            )
+            return await self._launches(1, shepherd)
+
+    async def join(self) -> int:
+        """Have a rank of this task's be of the run's next launch, and so on.
+
+        Returns
+        -------
+        The exit code to leave with.
+
+        Raises
+        ------
+        HpcftError: the run has ended, or nobody answers for it.
+        """
+        with self._warmed({**os.environ, **self._settings}, self._folder / "guest.log"):
+            for _ in range(_TRIES):
+                guest, door = await visit(self._rundir)
+                # Nobody is to wait for what can be done before.
+                self._warm.learn(door.modules)
+                await self._warm.ready()
+                guest.announce("guest", guest.rank, host=self._task.place.host)
+                code = await self._launches(guest.launch, None, guest)
+                if code is not None:
+                    return code
+                # The launch it was a guest of has ended; there may be another.
+            raise HpcftError(
+                f"the run in {self._rundir.path} goes on without this process, {_TRIES} times",
+                "see its events.jsonl, and start it with --verbose 2 to see why",
+            )
+
+    @contextlib.contextmanager
+    def _warmed(self, environ: dict[str, str], log: Path) -> Iterator[None]:
+        die_with_parent(signal.SIGTERM)
+        adopt_orphans()
+        how = ["-m"] if self._options.module else []
+        self._warm = Warm([*how, *self._options.target], environ, log)
+        try:
+            yield
+        finally:
+            self._warm.kill()
+            self._warm.flush()
+
+    @overload
+    async def _launches(self, number: int, shepherd: Shepherd) -> int: ...
+
+    @overload
+    async def _launches(self, number: int, shepherd: None, company: Company) -> int | None: ...
+
+    async def _launches(
+        self, number: int, shepherd: Shepherd | None, company: Company | None = None
+    ) -> int | None:
+        """One launch after the other.
+
+        Parameters
+        ----------
+        shepherd: for the first, which is ``number``; without, the one after that is the first.
+        company: of a guest.
+
+        Returns
+        -------
+        The exit code of the run; None if a guest has not come to a launch.
+        """
+        #: The last of those whose ranks have met.
+        last: Shepherd | None = None
+        #: How often the next was tried since.
+        tries = 0
+        code = 0
+        ticket: socket.socket | None = None
+        launcher: subprocess.Popen[bytes] | None = None
+        try:
+            while True:
+                if shepherd:
+                    code = await shepherd.run()
+                    if shepherd.fleet:
+                        last, company, tries = shepherd, shepherd.fleet, 0
+                    if not shepherd.again:
+                        if last is None:
+                            return code
+                        return await last.conclude(
+                            None if shepherd is last else (code, shepherd.why())
+                        )
+                await _let_go(ticket, launcher)
+                ticket = launcher = None
+                number += 1
+                assert company is not None
+                resized = last is not None and last.resizes and tries < _TRIES
+                shepherd = None
+                muster = Muster(
+                    number,
+                    self._task,
+                    company,
+                    last.step if last else -1,
+                    self._sizes.share,
+                    partial(self._decide, last, resized),
+                    self._folder,
+                    with_guests=tries == 0,
+                )
+                tries += 1
+                try:
+                    launched = await muster.run()
+                except GivenUp as error:
+                    if last is None:
+                        return await self._turned_away(company, error)
+                    return await last.conclude((error.code, str(error)))
+                except (OSError, ValueError, asyncio.TimeoutError) as error:
+                    if self._options.verbose >= 2:
+                        rank = self._task.place.rank
+                        print(f"hpcft: rank {rank}: {error}", file=sys.stderr, flush=True)
+                    if last is None and company.gone:
+                        return None
+                    continue
+                finally:
+                    launcher = muster.launcher
+                    if not resized:
+                        self._times.append(time.monotonic())
+                        self._vain = 0 if muster.furthest > self._furthest else self._vain + 1
+                        self._furthest = max(self._furthest, muster.furthest)
+                ticket = launched.ticket
+                shepherd = self._shepherd(number, launched, company, last)
+        finally:
+            await _let_go(ticket, launcher)
+
+    def _shepherd(
+        self, number: int, launched: Launched, company: Company, last: Shepherd | None
+    ) -> Shepherd:
+        if self._warm.ended:
+            self._warm.start()
+        self._warm.log_to(self._rundir.log_file(launched.rank))
+        here = local_settings(launched.number_here, launched.ranks_here)
+        return Shepherd(
+            self._options,
+            self._task,
+            replace(self._task.place, rank=launched.rank, size=launched.size),
+            {**launched.environ, **self._settings, **here},
+            launched.active,
+            self._sizes,
+            self._warm,
+            number,
+            company,
+            launched.ticket,
+            last.lost if last else frozenset(),
+        )
+
+    async def _turned_away(self, company: Company, error: GivenUp) -> int | None:
+        """The run ends, or goes on, before this guest has become one of its ranks."""
+        await company.leave()
+        if isinstance(error, LeftOut):
+            return None
+        if self._options.verbose:
+            print(f"hpcft: not joined: {error}", file=sys.stderr, flush=True)
+        return error.code
+
+    def _decide(
+        self, last: Shepherd | None, resized: bool, step: int, hosts: dict[int, str]
+    ) -> None:
+        """Whether there is to be another launch; called in the lowest shepherd, for all.
+
+        Parameters
+        ----------
+        resized: the last has ended for nothing else.
+
+        Raises
+        ------
+        GivenUp: there is none.
+        """
+        assert last is not None
+        if resized:
+            last.note_resize(step, hosts)
+            return
+        why, code, most = last.why(), last.code, self._options.max_relaunch
+        now = time.monotonic()
+        lately = sum(now - at < _BUDGET_TIME for at in self._times)
+        if lately >= most:
+            times = "once" if lately == 1 else f"{lately} times"
+            raise GivenUp(code, f"{why}; relaunched {times} within an hour (--max-relaunch)")
+        if len(hosts) < self._options.min_ranks:
+            raise GivenUp(
+                code,
+                f"{why}; {len(hosts)} are left to relaunch, of at least "
+                f"{self._options.min_ranks} (--min-ranks)",
+            )
+        vain = self._vain + 1 if step <= self._furthest else 0
+        raised = last.raised()
+        if vain > _VAIN or (vain and raised is not None):
+            if raised is not None and self._options.verbose:
+                print(self._rundir.last_traceback(raised), file=sys.stderr, flush=True)
+            again = f"; no launch comes further than step {step}" if self._times else ""
+            raise GivenUp(code, why + again)
+        last.note_relaunch(step, hosts)
+        if self._options.verbose:
+            print(
+                f"hpcft: relaunching {len(hosts)} ranks, {lately + 1} of {most}: {why}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+async def _let_go(ticket: socket.socket | None, launcher: subprocess.Popen[bytes] | None) -> None:
+    """Give back a place in MPI, and end what has lent it."""
+    if ticket:
+        ticket.close()
+    if launcher:
+        # Its tasks end when all have been given back.
+        deadline = time.monotonic() + _LAUNCHER_TIME
+        while launcher.poll() is None and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGTERM)

@@ -1,0 +1,291 @@
+"""Coming together for a relaunch: who is left, whether it is worth it, and a new world for them.
+
+When a world cannot heal its ranks are all ended, but their shepherds stand, and the channel between
+them does. Each says that it is ready for another launch; the lowest decides, and has mpiexec or
+srun start one small task for each (:mod:`hpcft.launch.ticket`), from which each shepherd gets the
+place in MPI of its next rank. Further facts of the channel (see :mod:`hpcft.launch.fleet`)::
+
+    ready N    a shepherd: its rank of launch N - 1 has ended; a guest: it only waits
+    launch N   the lowest shepherd: these are the ranks of launch N
+    failed N   a shepherd: launch N has come to nothing
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpcft.errors import HpcftError
+from hpcft.launch import openmpi, ticket
+from hpcft.launch.channel import Message
+from hpcft.launch.company import Company
+from hpcft.launch.place import Task
+from hpcft.slurm.step import overlapping
+
+#: Seconds between the first shepherd that is ready and the last.
+_READY_TIME = 20.0
+#: Seconds in which the task that lends its place must come.
+_TICKET_TIME = 60.0
+#: What makes a process a task of a launch, and of one only.
+_IDENTITY = ("PMIX_", "PRTE_", "OMPI_", "SLURM_")
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A shepherd's place in the next launch.
+
+    rank, size: of its rank there.
+    number_here, ranks_here: its number among those on its node, and how many there are.
+    active: how many train.
+    environ: the rank's environment.
+    ticket: the connection to the task that lends the place; closed, it is given back.
+    """
+
+    rank: int
+    size: int
+    number_here: int
+    ranks_here: int
+    active: int
+    environ: dict[str, str]
+    ticket: socket.socket
+
+
+class GivenUp(Exception):
+    """There is no other launch.
+
+    Parameters
+    ----------
+    code: the exit code of the run.
+    reason: in words.
+    """
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+
+
+class LeftOut(GivenUp):
+    """There is one, and without this shepherd."""
+
+
+class Muster:
+    """This shepherd's part in coming to launch ``number``.
+
+    Parameters
+    ----------
+    company: the shepherds of the last world that was, and guests.
+    step: how far this shepherd's rank had come.
+    share: how many of so many ranks are to train.
+    decide: called in the lowest shepherd with the step that the furthest rank had come to, and
+        where the shepherds are that are left, by rank; raises GivenUp.
+    folder: for mpiexec's own files.
+    with_guests: whether these are to be ranks; what has failed may have failed for one of them.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        task: Task,
+        company: Company,
+        step: int,
+        share: Callable[[int], int],
+        decide: Callable[[int, dict[int, str]], None],
+        folder: Path,
+        with_guests: bool,
+    ) -> None:
+        self._number = number
+        self._with_guests = with_guests
+        self._task = task
+        self._company = company
+        self._step = step
+        self._share = share
+        self._decide = decide
+        self._folder = folder
+        self._news = asyncio.Event()
+        self.launcher: subprocess.Popen[bytes] | None = None
+
+    @property
+    def furthest(self) -> int:
+        """The step that the furthest rank had come to."""
+        return max(int(fact["step"]) for fact in self._ready.values())
+
+    async def run(self) -> Launched:
+        """Come to the next launch.
+
+        Raises
+        ------
+        GivenUp: there is none.
+        """
+        name = f"hpcft-{secrets.token_hex(12)}"
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind("\0" + name)
+            listening.listen(8)
+            listening.setblocking(False)
+            self._company.on_fact = lambda fact: self._news.set()
+            self._company.announce(
+                f"ready {self._number}", self._company.rank, ticket=name, step=self._step
+            )
+            members = await self._await_launch()
+            if self._company.rank not in members:
+                code = 0 if self._company.rank in self._company.known("retire") else 4
+                raise LeftOut(code, "the others go on without this rank")
+            try:
+                return await self._take_ticket(listening, members)
+            except (OSError, ValueError, asyncio.TimeoutError):
+                self._company.announce(f"failed {self._number}", self._company.rank)
+                raise
+
+    @property
+    def _hosts(self) -> dict[int, str]:
+        return {**self._company.hosts, **self._company.guests()}
+
+    @property
+    def _ready(self) -> dict[int, Message]:
+        return self._company.said(f"ready {self._number}")
+
+    async def _wait(self, seconds: float) -> None:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._news.wait(), seconds)
+        self._news.clear()
+
+    async def _await_launch(self) -> list[int]:
+        """The ranks that make up the next world, in order."""
+        deadline = float("inf")
+        while not (launch := self._company.said(f"launch {self._number}")):
+            self._check_end()
+            ready, expected = self._ready.keys(), self._company.expected()
+            if not self._with_guests:
+                expected &= self._company.standing()
+            standing = self._company.standing()
+            # Guests are ready long before.
+            if ready & standing and deadline == float("inf"):
+                deadline = time.monotonic() + _READY_TIME
+            late = time.monotonic() > deadline
+            lowest = min(standing - self._company.retiring(), default=-1)
+            if lowest == self._company.rank and (expected <= ready or late):
+                self._call(sorted(expected & ready))
+                continue
+            if time.monotonic() > deadline + _READY_TIME:
+                raise GivenUp(4, "the other shepherds do not answer")
+            await self._wait(0.1)
+        # There are two if the first to call has been lost meanwhile; the other will not come far.
+        members: list[int] = launch[max(launch)]["members"]
+        return members
+
+    def _check_end(self) -> None:
+        for said in self._company.said("end").values():
+            raise GivenUp(said["code"], said["reason"])
+        if self._company.fenced:
+            raise GivenUp(4, "this node is cut off from the others")
+        if self._company.gone:
+            raise ConnectionError("the shepherd that this guest was connected to is gone")
+
+    def _call(self, members: list[int]) -> None:
+        """Decide for all, and start what lends them their places."""
+        try:
+            self._decide(self.furthest, {rank: self._hosts[rank] for rank in members})
+            names = [self._ready[rank]["ticket"] for rank in members]
+            self.launcher = self._start(members, names)
+        except (OSError, HpcftError, GivenUp) as error:
+            code = error.code if isinstance(error, GivenUp) else 1
+            self._company.announce("end", self._company.rank, code=code, reason=str(error))
+            raise GivenUp(code, str(error)) from error
+        self._company.announce(f"launch {self._number}", self._company.rank, members=members)
+
+    def _start(self, members: list[int], names: list[str]) -> subprocess.Popen[bytes]:
+        tasks = [sys.executable, "-ISE", ticket.__file__, *names]
+        environ = dict(os.environ)
+        if self._task.step:
+            hosts = self._folder / f"hosts-{self._number}"
+            hosts.write_text("".join(f"{self._hosts[rank]}\n" for rank in members))
+            command = overlapping(len(members))
+            environ["SLURM_HOSTFILE"] = str(hosts)
+            # Else srun believes that the job has no nodes but those of the step this is a task of.
+            nodes = sorted({self._hosts[rank] for rank in members})
+            environ["SLURM_JOB_NODELIST"] = environ["SLURM_NODELIST"] = ",".join(nodes)
+            environ["SLURM_JOB_NUM_NODES"] = environ["SLURM_NNODES"] = str(len(nodes))
+        else:
+            command = openmpi.command(openmpi.find_mpiexec(), len(members), self._folder)
+        for name in [n for n in environ if n.startswith(("PMIX_", "PRTE_", "OMPI_COMM"))]:
+            del environ[name]
+        return subprocess.Popen(
+            [*command, *tasks],
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    async def _take_ticket(self, listening: socket.socket, members: list[int]) -> Launched:
+        loop = asyncio.get_running_loop()
+        deadline = time.monotonic() + _TICKET_TIME
+        accepting = asyncio.ensure_future(loop.sock_accept(listening))
+        try:
+            while not accepting.done():
+                self._check(members, deadline)
+                await asyncio.wait({accepting}, timeout=0.1)
+            connection, _ = accepting.result()
+        finally:
+            accepting.cancel()
+        try:
+            environ = _merged(os.environ, await _lent(connection))
+        except BaseException:
+            connection.close()
+            raise
+        me, hosts = self._company.rank, self._hosts
+        here = [rank for rank in members if hosts[rank] == hosts[me]]
+        return Launched(
+            members.index(me),
+            len(members),
+            here.index(me),
+            len(here),
+            self._share(len(members)),
+            environ,
+            connection,
+        )
+
+    def _check(self, members: list[int], deadline: float) -> None:
+        """Raise if this launch has come to nothing."""
+        self._check_end()
+        if self._company.said(f"failed {self._number}"):
+            raise ConnectionError("another shepherd has found that it comes to nothing")
+        if not set(members) <= self._company.expected():
+            raise ConnectionError("a shepherd has been lost meanwhile")
+        if time.monotonic() > deadline:
+            raise ConnectionError(f"nothing has lent a place for {_TICKET_TIME:g} s")
+
+
+async def _lent(connection: socket.socket) -> dict[str, str]:
+    """The environment of the task at the other end."""
+    loop = asyncio.get_running_loop()
+    credentials = connection.getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
+    )
+    if struct.unpack("3i", credentials)[1] != os.getuid():
+        raise ConnectionError("another user's process wants to be a rank of this run")
+    text = b""
+    while not text.endswith(b"\n"):
+        part = await asyncio.wait_for(loop.sock_recv(connection, 1 << 20), _TICKET_TIME)
+        if not part:
+            raise ConnectionError("the task that lends its place has ended")
+        text += part
+    environ: dict[str, str] = json.loads(text)
+    return environ
+
+
+def _merged(own: Mapping[str, str], lent: Mapping[str, str]) -> dict[str, str]:
+    """This task's environment, with another's place in MPI."""
+    mine = {name: value for name, value in own.items() if not name.startswith(_IDENTITY)}
+    theirs = {name: value for name, value in lent.items() if name.startswith(_IDENTITY)}
+    return mine | theirs

@@ -1,0 +1,156 @@
+"""The job a run is in: whether Slurm can start it again, how long it leaves it at its end."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from hpcft.slurm import scontrol
+from hpcft.slurm.scontrol import fields, seconds
+
+#: Begins the comments that are ours to replace.
+_MARK = "hpcft: "
+
+
+@dataclass(frozen=True)
+class Grace:
+    """How long Slurm leaves a job that is to end.
+
+    seconds: from the first signal until it is killed.
+    what: ends it, in words.
+    remedy: how to get more.
+    """
+
+    seconds: float
+    what: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as the controller has it.
+
+    number: its id; of a task of an array the array's and the task's, for the other alone may mean
+        all tasks.
+    state: such as RUNNING.
+    reason: for its state, such as TimeLimit.
+    restarts: how often it was requeued.
+    batch: it has a script, which Slurm could run again.
+    requeueable: the user and the site let it be requeued.
+    partition: where it runs.
+    comment: what its user, or an earlier run, has written down.
+    """
+
+    number: str
+    state: str
+    reason: str
+    restarts: int
+    batch: bool
+    requeueable: bool
+    partition: str
+    comment: str
+
+    @property
+    def problem(self) -> str:
+        """Why it cannot be requeued, with a remedy; empty if it can."""
+        if not self.batch:
+            return "only batch jobs are requeued; submit it with sbatch"
+        if not self.requeueable:
+            return "the job is not to be requeued; submit it with sbatch --requeue"
+        return ""
+
+
+def find(number: str) -> Job | None:
+    """The job of this number; None if the controller does not say."""
+    return parse(number, scontrol.ask("--oneliner", "show", "job", number))
+
+
+def parse(number: str, records: str) -> Job | None:
+    """A job, of what ``scontrol --oneliner show job`` prints; None if it is not there."""
+    # An array's number is that of one of its tasks, too, and shows them all.
+    jobs = [fields(record) for record in records.splitlines()]
+    known = next((job for job in jobs if job.get("JobId") == number), None)
+    if known is None:
+        return None
+    comment = known.get("Comment", "")
+    task = known.get("ArrayTaskId")
+    return Job(
+        f"{known['ArrayJobId']}_{task}" if task else number,
+        known.get("JobState", ""),
+        known.get("Reason", ""),
+        int(known.get("Restarts", "0")),
+        known.get("BatchFlag") == "1",
+        known.get("Requeue") == "1",
+        known.get("Partition", ""),
+        "" if comment == "(null)" else comment,
+    )
+
+
+def graces(job: Job) -> list[Grace]:
+    """The ends that Slurm may make of the job, and the time it leaves for each."""
+    script = scontrol.ask("write", "batch_script", job.number, "-") if job.batch else ""
+    partition = fields(
+        scontrol.ask("--oneliner", "show", "partition", job.partition).partition("\n")[0]
+    )
+    return read_graces(script, partition, scontrol.configuration())
+
+
+def read_graces(script: str, partition: dict[str, str], config: dict[str, str]) -> list[Grace]:
+    """The same, of a batch script and what ``scontrol show partition`` and ``config`` print.
+
+    What ``--signal`` a job was submitted with the controller tells only in the script.
+    """
+    kill = seconds(config.get("KillWait", "")) or 30.0
+    found = re.search(r"^#SBATCH\s+--signal[= ]\S*@(\d+)", script, re.MULTILINE)
+    # Without a time it is a minute.
+    plain = re.search(r"^#SBATCH\s+--signal[= ]", script, re.MULTILINE)
+    warned = float(found[1]) if found else 60.0 if plain else 0.0
+    limits = [
+        Grace(
+            warned + kill if warned else kill,
+            "the time limit",
+            "have Slurm warn earlier, as in sbatch --signal=USR1@600",
+        )
+    ]
+    if partition.get("PreemptMode", "OFF").upper() not in ("OFF", "SUSPEND", "GANG,SUSPEND"):
+        grace = seconds(partition.get("GraceTime", "")) or 0.0
+        limits.append(
+            Grace(grace + kill, "preemption", "save more often (--ckpt-every, --ckpt-near)")
+        )
+    return limits
+
+
+def requeue(job: str) -> None:
+    """Have Slurm end the job and start it again; by its own user.
+
+    Raises
+    ------
+    Refused: that is not to be.
+    """
+    scontrol.tell("requeue", job)
+
+
+def exclude(job: str, hosts: list[str]) -> None:
+    """Have the job, which waits, not run on these nodes, besides those it does not run on anyway.
+
+    Raises
+    ------
+    Refused: that is not to be.
+    """
+    known = fields(scontrol.ask("--oneliner", "show", "job", job).partition("\n")[0])
+    before = known.get("ExcNodeList", "(null)")
+    names = [name for name in (before, *sorted(hosts)) if name and name != "(null)"]
+    scontrol.tell("update", f"JobId={job}", f"ExcNodeList={','.join(names)}")
+
+
+def comment(job: Job, text: str) -> None:
+    """Write a line about the job into its record, for ``sacct`` and ``scontrol show job``.
+
+    What somebody else has written there is left alone.
+
+    Raises
+    ------
+    Refused: that is not to be.
+    """
+    if not job.comment or job.comment.startswith(_MARK):
+        scontrol.tell("update", f"JobId={job.number}", f"Comment={_MARK}{text}")

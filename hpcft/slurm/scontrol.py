@@ -1,0 +1,79 @@
+"""Asking Slurm's controller, and telling it, by ``scontrol``."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+_SECONDS = 10.0  # a busy controller answers late; nobody is to wait for it for long
+
+
+class Refused(Exception):
+    """The controller did not do what it was asked to; says why."""
+
+
+def ask(*arguments: str) -> str:
+    """What ``scontrol`` prints; empty if it cannot be had."""
+    try:
+        return tell(*arguments)
+    except Refused:
+        return ""
+
+
+def tell(*arguments: str, seconds: float = _SECONDS) -> str:
+    """Have ``scontrol`` do something, and return what it prints.
+
+    Raises
+    ------
+    Refused: it cannot be done.
+    """
+    try:
+        done = subprocess.run(
+            ["scontrol", *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+    except OSError as error:
+        raise Refused(f"scontrol cannot be run: {error}") from error
+    except subprocess.TimeoutExpired as error:
+        raise Refused(f"the controller does not answer within {seconds:g} s") from error
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        raise Refused(said[-1] if said else f"scontrol ends with {done.returncode}")
+    return done.stdout
+
+
+def configuration() -> dict[str, str]:
+    """The cluster's configuration, empty if it cannot be had."""
+    lines = ask("show", "config").splitlines()
+    pairs = (line.split("=", 1) for line in lines if "=" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
+
+
+def fields(record: str) -> dict[str, str]:
+    """The fields of one record as ``scontrol --oneliner show`` prints it.
+
+    >>> fields("JobId=7 JobName=my job Requeue=1")["JobName"]
+    'my job'
+    """
+    # A value goes on until the next word that is a name.
+    found = re.findall(r"(?:^|\s)([A-Za-z][\w:/.-]*)=(.*?)(?=\s[A-Za-z][\w:/.-]*=|$)", record)
+    return {name: value.strip() for name, value in found}
+
+
+def seconds(text: str) -> float | None:
+    """Slurm's times, such as ``30``, ``30 sec``, ``01:30:00`` and ``2-00:00:00``, in seconds.
+
+    Returns
+    -------
+    None if there is no limit, or it is no time.
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if found:
+        days, hours, minutes, rest = (int(part or 0) for part in found.groups())
+        return float(((days * 24 + hours) * 60 + minutes) * 60 + rest)
+    found = re.fullmatch(r"(\d+)(?: sec(?:onds)?)?", text)
+    return float(found[1]) if found else None

@@ -1,0 +1,39 @@
+"""What a process keeps while its script is run anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hpcft.ckpt.lock import Lock
+from hpcft.ckpt.policy import Policy
+from hpcft.train.checkpoints import Checkpoints
+from hpcft.train.teller import Teller
+from hpcft.world.repetition import Repetition
+from hpcft.world.session import Session
+
+
+class Lasting:
+    """Made once a process; handed to every job of it.
+
+    Attributes
+    ----------
+    session: the world.
+    teller: tells the user.
+    repetition: notices failures that are no good healing.
+    checkpoints: saves and restores; None if the user wants none.
+    """
+
+    checkpoints: Checkpoints | None
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.teller = Teller(session)
+        self.repetition = Repetition(session.world)
+        world, self.checkpoints = session.world, None
+        if wanted := session.options["checkpoints"]:
+            policy = Policy.of(wanted)
+            run = f"the run in {session.options['run_dir']}"
+            lock = Lock(Path(policy.directory), run, session.key)
+            report, waiting = self.teller.checkpoint, world.progress.waiting
+            self.checkpoints = Checkpoints(policy, lock, report, waiting, world.link)
+        world.restorable = self.checkpoints is not None

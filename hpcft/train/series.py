@@ -1,0 +1,287 @@
+"""The checkpoints of one tier as training goes on: when the next begins, how far one has come."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from hpcft.ckpt._engine import Engine
+from hpcft.ckpt.ranks import Ranks
+from hpcft.ckpt.save import Save, SaveFailed, Saver
+from hpcft.ckpt.store import Checkpoint
+from hpcft.train.state import State
+
+#: Steps by which the time of a step is measured.
+_MEASURED_STEPS = 5
+
+#: What keeps a save from beginning, the worst first; the last two do not.
+_HINDRANCES = ("the file system does not answer", "the one before is still under way", "", "")
+_HANGS, _UNDER_WAY, _LACKING, _NONE = range(4)
+
+
+class After(enum.Enum):
+    """What has become of the last checkpoint, in this rank, after it was written.
+
+    UNDER_WAY: something is still being done with it.
+    LACKING: not all has been done that should have been.
+    THROUGH: all has.
+    """
+
+    UNDER_WAY = _UNDER_WAY
+    LACKING = _LACKING
+    THROUGH = _NONE
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a series tells, and asks.
+
+    committed: a checkpoint is, after so many seconds; in rank 0, in a thread.
+    written: a checkpoint is, and this rank has no part in it any more; in every rank.
+    failed: one of this step could not be written.
+    skipped: one of this step was not begun, and why; in every rank.
+    waiting: is entered around what may wait for other ranks.
+    after: what has become of the last one that was written.
+    beginning: another is begun, and whether all ranks were through with the last.
+    """
+
+    committed: Callable[[Checkpoint, float], None]
+    written: Callable[[Save], None]
+    failed: Callable[[int, SaveFailed], None]
+    skipped: Callable[[int, str], None]
+    waiting: Callable[[], AbstractContextManager[None]]
+    after: Callable[[], After] = lambda: After.THROUGH
+    beginning: Callable[[bool], None] = lambda through: None
+
+
+class Series:
+    """One tier's saves, one after the other.
+
+    Parameters
+    ----------
+    saver: makes them.
+    every: steps, or seconds if ``timed``, between them.
+    overlap: copy the state while the next step's forward and backward pass run.
+
+    Attributes
+    ----------
+    step: of the newest that is known here to be committed; -1 for none.
+    """
+
+    def __init__(
+        self, saver: Saver, every: float, timed: bool, overlap: bool, hooks: Hooks
+    ) -> None:
+        self.step = -1
+        self._saver = saver
+        self._every = every
+        self._timed = timed
+        self._overlap = overlap
+        self._hooks = hooks
+        self._save: Save | None = None
+        self._measured_from = (0, 0.0)
+        self._next: int | None = None
+        self._metrics: dict[str, float] = {}
+        #: The script has asked for a save that is not through yet.
+        self._asked = False
+        self._through = False
+        #: Nobody has compared that since the ranks are others.
+        self._regrouped = False
+
+    @property
+    def engine(self) -> Engine:
+        """What moves the bytes."""
+        return self._saver.engine
+
+    @property
+    def _ranks(self) -> Ranks:
+        return self._saver.ranks
+
+    def attach(self, ranks: Ranks, step: int, soon: bool) -> None:
+        """Save with these ranks from now on, which begin at ``step``.
+
+        Parameters
+        ----------
+        soon: begin with the next step.
+        """
+        self.drop()
+        self._saver.regroup(ranks)
+        self._regrouped = True
+        self._measured_from = (step, time.monotonic())
+        self._next = step + 1 if soon else None
+
+    def drop(self) -> None:
+        """Give up a checkpoint that is not yet on its way into the store."""
+        if self._save:
+            self._save.drop()
+        if self._save and self._save.settled:
+            self._save = None
+
+    def wait_copied(self) -> None:
+        """Wait until the state may be changed by what this thread does next."""
+        if self._save:
+            self._save.wait_copied(in_order=True)
+
+    def edge(self, state: State, metrics: Mapping[str, float]) -> None:
+        """A step is complete, in all ranks: look after the save under way, begin one if it is time.
+
+        Parameters
+        ----------
+        metrics: of this step, as the script gives them.
+
+        Raises
+        ------
+        MPI.Exception: a rank has failed.
+        """
+        self._metrics = dict(metrics)
+        with self._hooks.waiting():
+            try:
+                if self._save and not self._save.over and self._save.advance():
+                    self._asked = False
+            except SaveFailed as error:
+                self._failed(state.step, error)
+            # Also if the one before has failed just now: a step that was due does not come again.
+            due = self._due(state.step)
+            try:
+                if (self._asked_anew() or due) and self._free(state.step):
+                    self._begin(state, self._overlap)
+            except SaveFailed as error:
+                self._failed(state.step, error)
+        self._collect()
+
+    def save(self, state: State, overlap: bool) -> None:
+        """The script asks for a save; collective, between two steps.
+
+        Raises
+        ------
+        MPI.Exception: a rank has failed.
+        """
+        self.wait()
+        self._asked = True
+        try:
+            with self._hooks.waiting():
+                self._begin(state, overlap)
+        except SaveFailed as error:
+            self._failed(state.step, error)
+
+    def finish(self, state: State) -> None:
+        """Save where training has come to, and wait until all is committed; collective.
+
+        Raises
+        ------
+        MPI.Exception: a rank has failed.
+        """
+        self.wait()
+        with self._hooks.waiting():
+            if self._ranks.share(self.step != state.step):
+                try:
+                    if why := self._hindrance():
+                        raise SaveFailed(f"no checkpoint of step {state.step}: {why}")
+                    self._begin(state, overlap=False)
+                except SaveFailed as error:
+                    self._failed(state.step, error)
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until the save under way is through.
+
+        Raises
+        ------
+        MPI.Exception: a rank has failed.
+        """
+        try:
+            while self._save and not self._advance():
+                time.sleep(0.001)
+            self._asked = False
+            if self._save:
+                self._save.finish()
+                self._hooks.written(self._save)
+        except SaveFailed as error:
+            self._failed(self._save.step if self._save else -1, error)
+        self._save = None
+
+    def _advance(self) -> bool:
+        # Left again each time, for it is the disk that is waited for, and not the others.
+        with self._hooks.waiting():
+            assert self._save is not None
+            return self._save.advance(waiting=True)
+
+    def _collect(self) -> None:
+        """Be through with a save that is committed, or could not be, where this rank commits."""
+        if self._save and self._save.settled:
+            save, self._save = self._save, None
+            try:
+                save.finish()
+            except SaveFailed as error:
+                self._failed(save.step, error)
+            else:
+                self._hooks.written(save)
+
+    def _failed(self, step: int, error: SaveFailed) -> None:
+        self._save = None
+        self._asked = False
+        self._hooks.failed(step, error)
+
+    def _asked_anew(self) -> bool:
+        """Whether the ranks have changed before a save was through that the script has asked for.
+
+        The new ranks know nothing of it.
+        """
+        if not self._regrouped:
+            return False
+        self._regrouped = False
+        return self._ranks.least(-int(self._asked)) < 0
+
+    def _due(self, step: int) -> bool:
+        if step == self._next:
+            return True
+        if not self._timed:
+            return step % int(self._every) == 0
+        since, began = self._measured_from
+        if self._next is None and step >= since + _MEASURED_STEPS:
+            self._schedule(step, (time.monotonic() - began) / (step - since))
+        return False
+
+    def _schedule(self, step: int, seconds: float) -> None:
+        seconds = self._ranks.share(seconds)
+        self._next = step + max(1, round(self._every / max(seconds, 1e-9)))
+        self._measured_from = (step, time.monotonic())
+
+    def _free(self, step: int) -> bool:
+        """Whether a save can begin; if not, that is said."""
+        why = self._hindrance()
+        if why:
+            self._hooks.skipped(step, why)
+            if self._timed:
+                self._next = step + 1
+        return not why
+
+    def _hindrance(self) -> str:
+        """Why no save can begin, in some rank; nothing if the one before is through in all."""
+        self._collect()
+        number = self._hooks.after().value
+        if self._save:
+            number = _UNDER_WAY
+        elif self._saver.hangs:
+            number = _HANGS
+        least = self._ranks.least(number)
+        self._through = least == _NONE
+        return _HINDRANCES[least]
+
+    def _begin(self, state: State, overlap: bool) -> None:
+        if self._timed:
+            since, began = self._measured_from
+            self._schedule(state.step, (time.monotonic() - began) / max(1, state.step - since))
+        self._hooks.beginning(self._through)
+        began = time.monotonic()
+        content = state.to_tree(frozen=overlap)
+
+        def committed(checkpoint: Checkpoint) -> None:
+            self.step = checkpoint.step
+            self._hooks.committed(checkpoint, time.monotonic() - began)
+
+        self._save = self._saver.begin(state.step, content, self._metrics, committed)
+        if not overlap:
+            self._save.wait_copied()

@@ -1,0 +1,1 @@
+"""Looking at runs from outside: which there are, and what each of them does."""
