@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
+import time
+from collections.abc import Callable, Coroutine
 
+from hpcft.ckpt.near import claimed
 from hpcft.errors import HpcftError
 from hpcft.launch import local
-from hpcft.launch.options import RunOptions, check_sizes, parse
+from hpcft.launch.keeper import Keeper
+from hpcft.launch.options import RunOptions, Sizes, check_sizes, parse
 from hpcft.launch.place import SRUN_OPTIONS, Task, find_task
+from hpcft.launch.register import register
+from hpcft.launch.scratch import scratch
 from hpcft.launch.settings import rank_settings
-from hpcft.launch.shepherd import Shepherd
 from hpcft.slurm import srun
+from hpcft.slurm.job import find as find_job
 from hpcft.slurm.step import find_step
+from hpcft.telemetry.rundir import RunDirectory
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,12 +36,16 @@ def main(argv: list[str] | None = None) -> int:
     The exit code.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if "SUBMITIT_EXECUTOR" in os.environ:
+        # Slurm sends all steps of the job what is meant for submitit's, which then ends this one.
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
     try:
         options = parse(argv)
         task = find_task()
         if task is None:
             return local.launch(options, argv)
-        return _shepherd(options, task)
+        return _shepherd(options, task, argv)
     except HpcftError as error:
         # Every task comes to the same error; one says so.
         if os.environ.get("SLURM_PROCID", os.environ.get("PMIX_RANK", "0")) == "0":
@@ -41,15 +53,41 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
 
 
-def _shepherd(options: RunOptions, task: Task) -> int:
-    active = check_sizes(options, task.place.size, task.starter)
+def _shepherd(options: RunOptions, task: Task, argv: list[str]) -> int:
+    sizes = check_sizes(options, task.place.size, task.starter)
+    rundir = RunDirectory(options.run_dir)
+    if task.step and rundir.called_off(task.launch):
+        # The request to end came before this task, which is on a slow node, was there.
+        return 1
     if not task.launched_by_us and task.place.rank == 0:
-        local.create_run_directory(options, task.place.size)
+        local.create_run_directory(options, task.place.size, task.launch)
+        register(options, argv)
     if task.starter == "srun" and task.place.rank == 0:
         _warn_of_srun_options()
-    settings = rank_settings(task.prefix, task.ranks_here, task.interface)
-    shepherd = Shepherd(options, task.place, settings, active, task.ranks_here, task.end_all)
-    return asyncio.run(shepherd.run())
+        if options.most_requeues is not None:
+            _warn_of_no_requeue()
+    return keep(options, task, sizes, Keeper.run)
+
+
+def keep(
+    options: RunOptions,
+    task: Task,
+    sizes: Sizes,
+    life: Callable[[Keeper], Coroutine[None, None, int]],
+) -> int:
+    """Have a keeper look after this task's rank.
+
+    Parameters
+    ----------
+    life: what the keeper does until the run is over; gives the exit code.
+    """
+    tiers = options.checkpoints.near if options.checkpoints else ()
+    with scratch() as folder, claimed(tiers, time.time()):
+        settings = rank_settings(task.prefix, task.ranks_here, task.interface, folder)
+        code = asyncio.run(life(Keeper(options, task, settings, sizes, folder)))
+        # All is done; Slurm, which ends a job that is requeued, is not to keep us from clearing up.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return code
 
 
 def _warn_of_srun_options() -> None:
@@ -58,6 +96,13 @@ def _warn_of_srun_options() -> None:
     options = srun.options_of(step) if step else None
     for problem in srun.problems(options) if options else []:
         print(f"hpcft: warning: srun's {problem}; use srun {SRUN_OPTIONS}", file=sys.stderr)
+
+
+def _warn_of_no_requeue() -> None:
+    step = find_step(os.environ)
+    job = find_job(step.job) if step else None
+    if job and job.problem:
+        print(f"hpcft: warning: --requeue will do nothing: {job.problem}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from types import ModuleType
 
 from hpcft import __version__, run
-from hpcft.cli import ckpt, doctor
+from hpcft.cli import ckpt, doctor, join, leave, logs, ps, sbatch, stop, top
 from hpcft.errors import HpcftError
 
 _DESCRIPTION = "PyTorch training on MPI that survives the loss of ranks and nodes in place."
@@ -17,7 +19,22 @@ to begin with:
     hpcft run --nproc 4 --spares 1 train.py             train here
     srun --mpi=pmix --kill-on-bad-exit=0 --no-kill --wait=0 -N4 \\
         hpcft run --spares 1 train.py                   train in a Slurm allocation
+    hpcft sbatch --nodes 4 --time 4:00:00 train.py      write a batch script for this cluster
+    hpcft ps                                            what runs, and how far it is
 """
+
+
+_COMMANDS: dict[str, ModuleType] = {
+    "doctor": doctor,
+    "sbatch": sbatch,
+    "ps": ps,
+    "top": top,
+    "logs": logs,
+    "join": join,
+    "leave": leave,
+    "stop": stop,
+    "ckpt": ckpt,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,9 +52,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"hpcft {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     commands.add_parser("run", help="start a training whose ranks may die", add_help=False)
-    for name, command in (("doctor", doctor), ("ckpt", ckpt)):
+    for name, command in _COMMANDS.items():
         own = commands.add_parser(
-            name, help=command.SUMMARY, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=command.SUMMARY,
+            description=getattr(command, "DESCRIPTION", None),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_arguments(own)
         own.set_defaults(run=command.run)
@@ -48,6 +68,9 @@ def main(argv: list[str] | None = None) -> int:
     except HpcftError as error:
         print(f"hpcft: {error.line}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("hpcft: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

@@ -1,0 +1,56 @@
+"""``python -m hpcft.join RUN_DIR``: a process that becomes a rank of a run that is under way.
+
+`hpcft join` starts it, itself or through srun, once for each rank that is to join.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from hpcft.errors import HpcftError
+from hpcft.launch.guest import Door, visit
+from hpcft.launch.keeper import Keeper
+from hpcft.launch.options import Sizes, parse
+from hpcft.launch.place import guest_task
+from hpcft.run import keep
+from hpcft.telemetry.rundir import RunDirectory
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Join the run whose directory is named.
+
+    Returns
+    -------
+    The run's exit code, or 0 if this process has left before.
+    """
+    (path,) = sys.argv[1:] if argv is None else argv
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        task = guest_task()
+        door = asyncio.run(_look(RunDirectory(Path(path))))
+        os.chdir(door.cwd)
+        options = parse([*door.argv])
+        here = sum(peer.host == task.place.host for peer in door.peers)
+        task = replace(task, number_here=here, ranks_here=here + 1)
+        return keep(options, task, Sizes(*door.sizes), Keeper.join)
+    except HpcftError as error:
+        if os.environ.get("SLURM_PROCID", "0") == "0":
+            print(f"hpcft: {error.line}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+async def _look(rundir: RunDirectory) -> Door:
+    guest, door = await visit(rundir)
+    await guest.leave()
+    return door
+
+
+if __name__ == "__main__":
+    sys.exit(main())
