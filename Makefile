@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-c lint lab-packages clean
+.PHONY: help demo test test-late test-c lint lab-packages clean
 
 help:
 	@echo "make demo   train on 4 ranks and a spare, kill a rank half-way, see what happens"
@@ -41,6 +41,11 @@ lint: $(VENV)/.test
 # The C sources by themselves, under the sanitizers.
 test-c:
 	$(MAKE) --no-print-directory -C c_ext check
+
+# Streams and events on a device that is compiled for it; minutes.
+test-late: $(VENV)/.test
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt ninja
+	$(BIN)/python -m pytest tests/late
 
 test: lab-packages $(VENV)/.test lint test-c
 	$(BIN)/python -m pytest

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +19,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PROGRAM = HERE / "programs" / "train.py"
+#: Tell what is known of the runs that the test under way has started.
+STORIES: list[Callable[[], str]] = []
 
 
 def wait_for(what: str, condition: Callable[[], Any], seconds: float = 60) -> Any:
@@ -26,6 +30,16 @@ def wait_for(what: str, condition: Callable[[], Any], seconds: float = 60) -> An
         assert time.monotonic() < deadline, f"waited {seconds} s in vain for {what}"
         time.sleep(0.01)
     return found
+
+
+def tails(*files: Path) -> list[str]:
+    """The last lines of those files that are there, each under its name."""
+    told = []
+    for file in files:
+        if file.exists():
+            lines = file.read_text(errors="replace").splitlines()
+            told += [f"-- {file.name}, the last of {len(lines)} lines", *lines[-50:]]
+    return told
 
 
 @dataclass
@@ -52,6 +66,7 @@ class Training:
                 stderr=subprocess.STDOUT,
                 env={**self.environ, "OMP_NUM_THREADS": "1"},
             )
+        STORIES.append(self.story)
         return self
 
     @property
@@ -98,6 +113,9 @@ class Training:
     def finish(self, code: int = 0, seconds: float = 120) -> dict[str, Any]:
         """Wait for the end, expect this exit code, return the summary."""
         self.wait(code, seconds)
+        return self.summary()
+
+    def summary(self) -> dict[str, Any]:
         summary: dict[str, Any] = json.loads((self.run_dir / "summary.json").read_text())
         return summary
 
@@ -108,6 +126,14 @@ class Training:
     def logs(self) -> str:
         return "\n".join(log.read_text() for log in sorted(self.run_dir.glob("logs/*.log")))
 
+    def story(self) -> str:
+        """What is known of it."""
+        code = self.process.poll()
+        state = "runs" if code is None else f"ended with {code}"
+        told = [f"{self.run_dir}: {state}, step {self.step()}"]
+        files = [self.output_file, self.run_dir / "events.jsonl"]
+        return "\n".join(told + tails(*files, *sorted(self.run_dir.glob("logs/*.log"))))
+
     def stop(self) -> None:
         """End it, if it has not ended."""
         with contextlib.suppress(ProcessLookupError):
@@ -117,6 +143,23 @@ class Training:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+#: Digests of undisturbed runs are known after multiples of so many steps, up to so many.
+STRIDE, MOST_STEPS = 12, 144
+
+
+@functools.cache
+def undisturbed(nproc: int) -> dict[int, str]:
+    """Digests of the parameters of so many ranks to which nothing happens, by the step."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Training(Path(folder) / "run", ["--nproc", str(nproc)])
+        run.program += ["--steps", str(MOST_STEPS), "--digest-every", str(STRIDE), "--pace", "0"]
+        summary = run.start().finish()
+        digests = {int(n): d for n, d in re.findall(r"^after step (\d+): (\w+)", run.logs(), re.M)}
+    assert summary["failures"] == []
+    assert digests[MOST_STEPS] == summary["params_sha256"]
+    return digests
 
 
 def kill_at_start(

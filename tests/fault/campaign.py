@@ -29,9 +29,8 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from training import Training, family
+from training import STRIDE, Training, family, undisturbed
 
-_STEPS_BETWEEN = 12
 _KINDS = ("kill", "double kill", "kill in recovery", "stop", "stop and kill", "spare", "shepherd")
 _WEIGHTS = (4, 2, 4, 3, 1, 1, 1)
 _TWO_BLOWS = ("double kill", "kill in recovery", "stop and kill")
@@ -71,7 +70,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        return _STEPS_BETWEEN * (len(self.faults) + 1)
+        return STRIDE * (len(self.faults) + 1)
 
     @property
     def options(self) -> list[str]:
@@ -99,7 +98,7 @@ def draw(seed: str) -> Plan:
         faults.append(
             Fault(
                 kind,
-                _STEPS_BETWEEN * (len(faults) + 1) + rng.randint(-5, 5),
+                STRIDE * (len(faults) + 1) + rng.randint(-5, 5),
                 rng.uniform(0, 0.03),
                 (first, (first + rng.randrange(1, nproc)) % nproc),
                 gap,
@@ -204,11 +203,11 @@ class Run:
             if summary["result"] != "ok" or summary["steps"] != plan.steps:
                 return f"exit code {code} with {summary}"
             if world["final"] == plan.nproc:
-                if summary["params_sha256"] != reference(plan.nproc, plan.steps):
+                if summary["params_sha256"] != undisturbed(plan.nproc)[plan.steps]:
                     return "the parameters are not those of an undisturbed run"
             elif not plan.shrink:
                 return "it has shrunk and must not"
-            said = re.findall(r"^digest (\w+)", self.training.logs(), re.M)
+            said = re.findall(r"digest ([0-9a-f]{64})", self.training.logs())
             if (len(said) != world["final"] and not late) or set(said) - {summary["params_sha256"]}:
                 return f"the ranks' parameters differ: {said}"
             if world["final"] + world["spares_left"] != launched - dead:
@@ -232,20 +231,6 @@ class Run:
                 return f"processes {left} are left"
             time.sleep(0.05)
         return ""
-
-
-_references: dict[tuple[int, int], str] = {}
-
-
-def reference(nproc: int, steps: int) -> str:
-    """Digest of the parameters of an undisturbed run."""
-    if (nproc, steps) not in _references:
-        with tempfile.TemporaryDirectory() as folder:
-            plan = Plan("", nproc, 0, False, ())
-            run = Training(Path(folder) / "run", plan.options)
-            run.program = [run.program[0], "--steps", str(steps), "--pace", "0"]
-            _references[nproc, steps] = run.start().finish()["params_sha256"]
-    return _references[nproc, steps]
 
 
 def campaign(faults: int, seed: int) -> Iterator[tuple[Run, str]]:

@@ -2,10 +2,11 @@
 
 ``python tests/fault/fuzz.py --cases 100000 --seed 7`` changes a good checkpoint in ways drawn from
 the seed and reads it. Blind changes flip, cut, repeat and move bytes. Knowing ones change the
-header, the index's JSON, places and checksums, and sign the result anew, as one would who means
-harm. A case that gives a wrong state without such knowledge, that takes much memory, or raises
-anything but a clear error is printed with the option that repeats it alone. A crash speaks for
-itself.
+header, the index's JSON, pieces and checksums, and sign the result anew, as one would who means
+harm. Half of the cases have a file per rank; there another file may be changed, or gone, or the
+index may name one that lies elsewhere and is as good. A case that gives a wrong state without such
+knowledge, that reads a file elsewhere, takes much memory, or raises anything but a clear error is
+printed with the option that repeats it alone. A crash speaks for itself.
 """
 
 from __future__ import annotations
@@ -27,15 +28,18 @@ import numpy as np
 import torch
 
 from hpcft.ckpt._engine import Engine, crc32c
-from hpcft.ckpt.index import HEADER_SIZE, Damaged, Header, Stretch
+from hpcft.ckpt.filesystem import Layout
+from hpcft.ckpt.index import HEADER_SIZE, Damaged, Header, Piece, Stretch
+from hpcft.ckpt.ranks import Alone
 from hpcft.ckpt.restore import load
-from hpcft.ckpt.save import Alone, Saver
-from hpcft.ckpt.store import Store
+from hpcft.ckpt.save import Saver
+from hpcft.ckpt.store import STATE, Store, files
 
 #: Bytes of address space a reader may take beyond what it has to begin with.
 _MEMORY = 2 << 30
 _STATE: dict[str, Any] = {
     "model": {"w": torch.arange(300), "b": torch.ones(7).bfloat16(), "e": torch.empty(0, 3)},
+    "large": torch.arange(10_000),
     "optim": {"state": {0: {"step": torch.tensor(1.0)}}, "groups": [{"lr": 0.1, "ids": [0, 1]}]},
     "values": {"text": "abc", "none": None, "big": 1 << 70, "pair": (1, "x"), "raw": b"ab"},
 }
@@ -50,7 +54,7 @@ class Parts:
     raw: bytearray
     header: Header
     index: Any
-    places: list[int]
+    pieces: list[list[int]]
     checksums: list[int]
 
     @classmethod
@@ -64,7 +68,7 @@ class Parts:
             bytearray(raw),
             header,
             json.loads(at(header.index)),
-            np.frombuffer(at(header.places), "<u8").tolist(),
+            np.frombuffer(at(header.pieces), "<u8").reshape(-1, len(Piece._fields)).tolist(),
             np.frombuffer(at(header.checksums), "<u4").tolist(),
         )
 
@@ -73,16 +77,17 @@ class Parts:
         raw = self.raw
         stretches = []
         text = json.dumps(self.index).encode("utf-8", "surrogatepass")
-        places = b"".join(struct.pack("<Q", p & (2**64 - 1)) for p in self.places)
+        numbers = (number for row in self.pieces for number in row)
+        pieces = b"".join(struct.pack("<Q", n & (2**64 - 1)) for n in numbers)
         sums = b"".join(struct.pack("<I", s & (2**32 - 1)) for s in self.checksums)
-        for content in (text, places, sums):
+        for content in (text, pieces, sums):
             stretches.append(Stretch(len(raw), len(content), crc32c(content)))
             raw += content
         head = replace(
             self.header,
             size=len(raw),
             index=stretches[0],
-            places=stretches[1],
+            pieces=stretches[1],
             checksums=stretches[2],
         ).encode()
         raw[: len(head)] = head
@@ -128,27 +133,51 @@ def knowing(rng: random.Random, raw: bytes) -> bytes:
     """Changed by somebody who knows the format."""
     parts = Parts.of(raw)
     for _ in range(rng.randint(1, 3)):
-        what = rng.randrange(4)
+        what = rng.randrange(6)
         if what == 0 and len(parts.index):
             change_json(rng, parts.index)
-        elif what == 1 and parts.places:
+        elif what == 1 and parts.pieces:
             number = rng.choice(
-                [0, 1, 2**63, 2**64 - 1, len(raw), len(raw) - 1, rng.randrange(len(raw))]
+                [0, 1, 2, 2**63, 2**64 - 1, len(raw), len(raw) - 1, rng.randrange(len(raw))]
             )
-            parts.places[rng.randrange(len(parts.places))] = number
+            row = rng.choice(parts.pieces)
+            row[rng.randrange(len(row))] = number
+        elif what == 4 and parts.pieces:
+            change_rows(rng, parts)
         elif what == 2 and parts.checksums:
             parts.checksums[rng.randrange(len(parts.checksums))] = rng.getrandbits(32)
         else:
-            longer = rng.choice([parts.places, parts.checksums])
-            longer.append(rng.getrandbits(32))
+            parts.checksums.append(rng.getrandbits(32))
     return parts.signed()
+
+
+def change_rows(rng: random.Random, parts: Parts) -> None:
+    """Drop, double, swap, or cut a piece in two, which may be as good."""
+    rows = parts.pieces
+    number = rng.randrange(len(rows))
+    what = rng.randrange(4)
+    if what == 0:
+        del rows[number]
+    elif what == 1:
+        rows.insert(number, list(rows[number]))
+    elif what == 2:
+        other = rng.randrange(len(rows))
+        rows[number], rows[other] = rows[other], rows[number]
+    else:
+        leaf, begin, length, file, offset = rows[number]
+        cut = rng.randint(0, length)
+        rest = [leaf, begin + cut, length - cut, file, offset + cut]
+        rows[number : number + 1] = [[leaf, begin, cut, file, offset], rest]
+        sums = [crc32c(bytes(parts.raw[o : o + n])) for o, n in ((offset, cut), (rest[4], rest[2]))]
+        leaves = len(parts.index["leaves"]) if isinstance(parts.index, dict) else 0
+        parts.checksums[leaves + number : leaves + number + 1] = sums
 
 
 def header_only(rng: random.Random, raw: bytes) -> bytes:
     """A header with other numbers, signed."""
     header = Parts.of(raw).header
     number = rng.choice([0, 1, 2**62, 2**64 - 1, len(raw), len(raw) - 1, rng.randrange(len(raw))])
-    name = rng.choice(["size", "step", "index", "places", "checksums"])
+    name = rng.choice(["size", "step", "index", "pieces", "checksums"])
     if name in ("size", "step"):
         header = replace(header, **{name: number})
     else:
@@ -181,11 +210,24 @@ def blind(rng: random.Random, raw: bytes) -> bytes:
     return bytes(data)
 
 
+def elsewhere(rng: random.Random, raw: bytes, folder: Path) -> bytes:
+    """One of the files is said to be outside the checkpoint's directory, where there is a copy."""
+    parts = Parts.of(raw)
+    shard = rng.choice(parts.index["shards"])
+    name = shard[0]
+    leads = [f"../{name}", str(folder / name), f"./../{name}", f"x/../../{name}", f"link/{name}"]
+    shard[0] = rng.choice(leads)
+    return parts.signed()
+
+
 WAYS: dict[str, Callable[[random.Random, bytes], bytes]] = {
     "blind": blind,
     "header": header_only,
     "knowing": knowing,
 }
+
+
+LAYOUTS: tuple[Layout, ...] = ("shared", "per-rank")
 
 
 def same(a: Any, b: Any) -> bool:
@@ -200,17 +242,28 @@ def same(a: Any, b: Any) -> bool:
 
 
 class Fuzzer:
-    """Tries cases on a checkpoint in ``folder``."""
+    """Tries cases on checkpoints in ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         self._engine = Engine(8 << 20, chunk=1 << 20, depth=0)
-        store = Store(folder / "good")
-        save = Saver(store, Alone(), self._engine).begin(3, _STATE)
-        while not save.advance():
-            pass
-        save.finish()
-        self._good = store.committed()[-1].state.read_bytes()
-        self._file = folder / "case.h5"
+        #: By layout: the good files, that with the index first, and where cases are tried.
+        self._good: dict[Layout, tuple[dict[str, bytes], Path]] = {}
+        for layout in LAYOUTS:
+            place = folder / layout / "case"
+            place.mkdir(parents=True)
+            store = Store(folder / layout / "good")
+            save = Saver(store, Alone(), self._engine, layout=layout).begin(3, _STATE)
+            while not save.advance():
+                pass
+            save.finish()
+            found = files(store.committed()[-1].path)
+            found.sort(key=lambda file: file.name != STATE)
+            good = {file.name: file.read_bytes() for file in found}
+            self._good[layout] = good, place
+            # What a name that leads out of the directory would find.
+            for name, content in good.items():
+                (place.parent / name).write_bytes(content)
+            (place / "link").symlink_to(place.parent)
 
     def case(self, seed: str) -> tuple[str, str]:
         """Try the case that follows from ``seed``.
@@ -220,19 +273,36 @@ class Fuzzer:
         (way, what is wrong): the latter empty if nothing is.
         """
         rng = random.Random(seed)
-        way = rng.choice(list(WAYS))
+        good, place = self._good[rng.choice(LAYOUTS)]
+        changed = dict(good)
+        shards = [name for name in good if name != STATE]
+        way = rng.choice([*WAYS, *(["shard", "elsewhere"] if shards else [])])
         # Deeper than the reader goes, which keeps to Python's usual limit.
         usual = sys.getrecursionlimit()
         sys.setrecursionlimit(20_000)
-        self._file.write_bytes(WAYS[way](rng, self._good))
+        if way == "shard":
+            name = rng.choice(shards)
+            changed[name] = blind(rng, good[name])
+            if not rng.randrange(10):
+                del changed[name]
+        elif way == "elsewhere":
+            changed[STATE] = elsewhere(rng, good[STATE], place.parent)
+        else:
+            changed[STATE] = WAYS[way](rng, good[STATE])
         sys.setrecursionlimit(usual)
+        for name in good:
+            (place / name).unlink(missing_ok=True)
+            if name in changed:
+                (place / name).write_bytes(changed[name])
         try:
-            _, state = load(self._file, self._engine)
+            _, state = load(place / STATE, self._engine)
         except Damaged:
             return f"{way}, refused", ""
         except Exception as error:
             return way, f"{type(error).__name__}: {error}"
-        if way == "blind" and not same(_STATE, state):
+        if way == "elsewhere":
+            return way, "a file outside the directory was read"
+        if way in ("blind", "shard") and not same(_STATE, state):
             return way, f"a wrong state: {state}"
         return f"{way}, read", ""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -20,50 +21,59 @@ Launch = Callable[..., Training]
 pytestmark = pytest.mark.mpi
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2])
-def test_a_killed_rank_is_replaced_and_nothing_changes(
-    launch: Launch, undisturbed: str, victim: int
-) -> None:
-    run = launch("--nproc", "3", "--spares", "1")
-    run.wait_for_step(20)
-    run.send(victim)
+def kinds(run: Training) -> list[str]:
+    return [event["kind"] for event in run.events()]
+
+
+def test_killed_ranks_are_replaced_and_nothing_changes(launch: Launch, undisturbed: str) -> None:
+    run = launch("--nproc", "3", "--spares", "3")
+    for victim in range(3):
+        run.wait_for_step(10 + 15 * victim)
+        run.send(victim)
+        wait_for("the recovery", lambda victim=victim: kinds(run).count("recovered") > victim)
     summary = run.finish()
     assert summary["params_sha256"] == undisturbed
     assert summary["world"] == {"initial": 3, "final": 3, "spares_left": 0}
-    [failure] = summary["failures"]
-    assert failure["ranks"] == [victim]
-    assert failure["cause"] == "killed by SIGKILL"
-    assert failure["action"] == "substitute"
-    assert failure["lost_steps"] == 0
-    assert failure["stall_s"] >= failure["recover_s"] > 0
-    kinds = [event["kind"] for event in run.events()]
-    expected = ["start", "failure", "detection", "adoption", "resume", "recovered", "finish"]
-    assert kinds == expected
+    for victim, failure in enumerate(summary["failures"]):
+        assert failure["ranks"] == [victim]
+        assert failure["cause"] == "killed by SIGKILL"
+        assert failure["action"] == "substitute"
+        assert failure["lost_steps"] == 0
+        assert failure["stall_s"] >= failure["recover_s"] > 0
+    each = ["failure", "detection", "adoption", "resume", "recovered"]
+    assert kinds(run) == ["start", *each, *each, *each, "finish"]
+    assert all({"time", "step", "ranks", "epoch"} <= event.keys() for event in run.events())
     assert [e["role"] for e in run.ranks()] == ["active"] * 3
+    # Nor is any memory left to nobody.
+    for folder in Path("/dev/shm").glob("hpcft-scratch-*"):
+        # Of another run, and held by a living process, or gone by now.
+        held = pytest.raises(BlockingIOError)
+        with suppress(FileNotFoundError), (folder / "lock").open() as lock, held:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_killed_in_the_middle_of_a_step(launch: Launch, undisturbed: str) -> None:
-    run = launch("--nproc", "3", "--spares", "2", program=["--suicide", "7:0", "--suicide", "30:2"])
+    program = ["--suicide", "7:0", "--lag-at", "20", "--suicide", "30:1"]
+    summary = launch("--nproc", "3", "--spares", "3", program=program).finish()
+    assert summary["params_sha256"] == undisturbed
+    # Step 20, in which rank 2 died, is complete on rank 0 alone; its state is taken.
+    found = [(f["step"], f["ranks"]) for f in summary["failures"]]
+    assert found == [(7, [0]), (21, [2]), (30, [1])]
+    assert {f["lost_steps"] for f in summary["failures"]} == {0}
+
+
+def test_two_at_once_and_a_spare(launch: Launch, undisturbed: str) -> None:
+    run = launch("--nproc", "3", "--spares", "3")
+    run.wait_for_step(10)
+    spare = next(entry for entry in run.ranks() if entry["role"] == "spare")
+    os.kill(spare["pid"], signal.SIGKILL)
+    run.wait_for_step(20)
+    for victim in [run.entry(0)["pid"], run.entry(2)["pid"]]:
+        os.kill(victim, signal.SIGKILL)
     summary = run.finish()
     assert summary["params_sha256"] == undisturbed
-    assert [(f["step"], f["ranks"]) for f in summary["failures"]] == [(7, [0]), (30, [2])]
-
-
-def test_a_survivor_that_lags_behind_is_brought_up(launch: Launch, undisturbed: str) -> None:
-    summary = launch("--nproc", "3", "--spares", "1", program=["--lag-at", "20"]).finish()
-    assert summary["params_sha256"] == undisturbed
-    [failure] = summary["failures"]
-    # Step 20, in which rank 2 died, is complete on rank 0 alone; its state is taken.
-    assert failure["step"] == 21
-    assert failure["lost_steps"] == 0
-
-
-def test_two_at_once(launch: Launch, undisturbed: str) -> None:
-    run = launch("--nproc", "3", "--spares", "2")
-    run.wait_for_step(15)
-    for victim in [run.entry(0)["pid"], run.entry(2)["pid"]]:
-        subprocess.run(["kill", "-KILL", str(victim)], check=True)
-    assert run.finish()["params_sha256"] == undisturbed
+    assert summary["world"] == {"initial": 3, "final": 3, "spares_left": 0}
+    assert sorted(f["role"] for f in summary["failures"]) == ["active", "active", "spare"]
 
 
 def test_a_stopped_rank_is_fenced_before_the_others_go_on(launch: Launch, undisturbed: str) -> None:
@@ -71,8 +81,12 @@ def test_a_stopped_rank_is_fenced_before_the_others_go_on(launch: Launch, undist
     run.wait_for_step(15)
     pid = run.entry(1)["pid"]
     run.send(1, signal.SIGSTOP)
-    wait_for("the adoption", lambda: any(e["kind"] == "adoption" for e in run.events()))
-    assert not Path(f"/proc/{pid}").exists(), "the stopped process is still there to be continued"
+    wait_for("the adoption", lambda: "adoption" in kinds(run))
+    # It may be on its way out, at the kernel's leisure; left to itself it would stay as it is.
+    with suppress(psutil.NoSuchProcess):
+        status = psutil.Process(pid).status()
+        assert status != psutil.STATUS_STOPPED, "the stopped process is there to be continued"
+    wait_for("its end", lambda: not Path(f"/proc/{pid}").exists())
     summary = run.finish()
     assert summary["params_sha256"] == undisturbed
     assert "SIGSTOP" in summary["failures"][0]["cause"]
@@ -87,6 +101,8 @@ def test_a_rank_stopped_for_a_moment_is_left_alone(launch: Launch, undisturbed: 
     summary = run.finish()
     assert summary["failures"] == []
     assert summary["params_sha256"] == undisturbed
+    # A spare that is not needed leaves.
+    assert summary["world"]["spares_left"] == 1
 
 
 def test_long_computing_is_no_hang(launch: Launch) -> None:
@@ -155,21 +171,16 @@ def test_a_recovery_that_jams_gives_up_a_spare(tmp_path: Path) -> None:
     assert "in <lambda>" in (run.run_dir / "logs" / "rank-3.log").read_text()
 
 
-def test_without_spares_the_job_goes_on_smaller(launch: Launch) -> None:
-    run = launch("--nproc", "3")
-    run.wait_for_step(10)
-    run.send(1)
-    summary = run.finish()
-    assert summary["world"] == {"initial": 3, "final": 2, "spares_left": 0}
-    assert summary["failures"][0]["action"] == "shrink"
-    assert summary["steps"] == 60
-
-
 @pytest.mark.parametrize("way", ["scale-lr", "keep-global-batch"])
-def test_after_a_shrink_what_the_user_chose_is_adjusted(launch: Launch, way: str) -> None:
+def test_without_spares_the_job_goes_on_smaller_and_adjusts_what_the_user_chose(
+    launch: Launch, way: str
+) -> None:
     program = ["--suicide", "20:3", "--on-shrink", way, "--steps", "40"]
     run = launch("--nproc", "4", program=program)
-    run.finish()
+    summary = run.finish()
+    assert summary["world"] == {"initial": 4, "final": 3, "spares_left": 0}
+    assert summary["failures"][0]["action"] == "shrink"
+    assert summary["steps"] == 40
     _, seen, _, rate = run.output.splitlines()[-1].split()
     # StepLR: 0.9 every 10 steps.
     expected = 1e-2 * 0.9**4
@@ -179,19 +190,6 @@ def test_after_a_shrink_what_the_user_chose_is_adjusted(launch: Launch, way: str
     else:
         assert float(rate) == pytest.approx(expected)
         assert int(seen) in (20 * 16 + 20 * 21, 20 * 16 + 20 * 22)
-
-
-def test_a_killed_spare_is_noticed_and_harmless(launch: Launch, undisturbed: str) -> None:
-    run = launch("--nproc", "3", "--spares", "2")
-    run.wait_for_step(15)
-    spare = next(entry for entry in run.ranks() if entry["role"] == "spare")
-    subprocess.run(["kill", "-KILL", str(spare["pid"])], check=True)
-    run.wait_for_step(25)
-    run.send(0)
-    summary = run.finish()
-    assert summary["params_sha256"] == undisturbed
-    assert summary["world"]["spares_left"] == 0
-    assert sorted(f["role"] for f in summary["failures"]) == ["active", "spare"]
 
 
 def test_below_min_ranks_the_end_is_clear(launch: Launch) -> None:
@@ -208,15 +206,8 @@ def test_below_min_ranks_the_end_is_clear(launch: Launch) -> None:
     assert failure["recover_s"] is None
 
 
-def test_shrinking_can_be_forbidden(launch: Launch) -> None:
-    run = launch("--nproc", "2", "--on-failure", "substitute")
-    run.wait_for_step(10)
-    run.send(0)
-    assert "shrinking is not allowed" in run.finish(code=3)["reason"]
-
-
 def test_a_script_that_always_raises_is_not_healed_for_ever(launch: Launch) -> None:
-    run = launch("--nproc", "2", "--spares", "3", program=["--raise-at", "5"])
+    run = launch("--nproc", "2", "--spares", "2", program=["--raise-at", "5"])
     summary = run.finish(code=1)
     assert "in the same way" in summary["reason"]
     assert "this script is wrong" in summary["reason"]
@@ -253,27 +244,24 @@ def test_a_shepherd_that_dies_while_the_ranks_start_ends_the_launch(tmp_path: Pa
     assert not family(run.run_dir)
 
 
-def test_a_failure_among_the_scripts_own_collectives_ends_the_run(launch: Launch) -> None:
+def test_after_a_failure_among_the_scripts_own_collectives_it_is_run_anew(
+    launch: Launch, undisturbed: str
+) -> None:
     run = launch("--nproc", "3", "--spares", "1", program=["--suicide", "wrapping:1"])
-    summary = run.finish(code=3)
-    assert "rank 1 (killed by SIGKILL) failed before job.run" in summary["reason"]
+    summary = run.finish()
     assert [f["ranks"] for f in summary["failures"]] == [[1]]
+    assert summary["world"] == {"initial": 3, "final": 3, "spares_left": 0}
+    assert summary["params_sha256"] == undisturbed
 
 
-@pytest.mark.parametrize("when", ["run:1", "0:0", "0:2", "1:0", "1:1"])
+@pytest.mark.parametrize("when", ["run:1", "run:0", "0:0", "0:2", "1:0", "1:1"])
 def test_a_failure_as_training_begins(launch: Launch, undisturbed: str, when: str) -> None:
     run = launch("--nproc", "3", "--spares", "1", program=["--suicide", when])
     assert run.finish()["params_sha256"] == undisturbed
 
 
-def test_what_all_begin_with_is_for_rank_0_to_say(launch: Launch) -> None:
-    # It may have read it from a file, and nobody else has.
-    run = launch("--nproc", "3", "--spares", "1", program=["--suicide", "run:0"])
-    assert "no survivor holds a whole copy" in run.finish(code=3)["reason"]
-
-
 def test_a_rank_killed_after_training_leaves_its_mark_on_the_exit_code(launch: Launch) -> None:
-    run = launch("--nproc", "3", program=["--suicide", "end:1"])
+    run = launch("--nproc", "2", program=["--suicide", "end:1"])
     summary = run.finish(code=137)
     # Training was over, and all of it is right; what the script does after it is not.
     assert summary["result"] == "ok"
@@ -295,7 +283,7 @@ def test_a_module_is_run_as_python_would(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_whatever_ends_the_launcher_nothing_is_left(launch: Launch, number: int) -> None:
-    run = launch("--nproc", "2", "--spares", "1", program=["--steps", "100000"])
+    run = launch("--nproc", "2", program=["--steps", "100000"])
     run.wait_for_step(5)
     assert len(family(run.run_dir)) >= 6
     run.process.send_signal(number)
@@ -327,13 +315,8 @@ def test_an_mpiexec_that_does_not_end_is_ended(launch: Launch, fails: bool) -> N
         run.send(1)
     summary = run.finish(code=3 if fails else 0)
     assert summary["result"] == ("failed" if fails else "ok")
+    assert ("shrinking is not allowed" in summary["reason"]) == fails
     assert not family(run.run_dir)
-
-
-def test_spares_are_not_needed_and_leave(launch: Launch, undisturbed: str) -> None:
-    summary = launch("--nproc", "3", "--spares", "2").finish()
-    assert summary["params_sha256"] == undisturbed
-    assert summary["world"]["spares_left"] == 2
 
 
 def test_a_cold_spare_does_as_well(launch: Launch, undisturbed: str) -> None:
@@ -365,11 +348,3 @@ def test_as_a_single_process_a_script_runs_without_a_launcher() -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert "step 3 rank 0 size 1" in done.stdout, done.stderr
-
-
-def test_the_log_of_events_is_one_object_a_line(launch: Launch) -> None:
-    run = launch("--nproc", "1", program=["--steps", "2"])
-    run.finish()
-    for line in (run.run_dir / "events.jsonl").read_text().splitlines():
-        event = json.loads(line)
-        assert {"kind", "time", "step", "ranks", "epoch"} <= event.keys()

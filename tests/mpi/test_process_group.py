@@ -12,14 +12,18 @@ from training import HERE, Training
 pytestmark = pytest.mark.mpi
 
 PROGRAM = HERE / "programs" / "collectives.py"
+ELSEWHERE = HERE / "programs" / "elsewhere.py"
 TRIALS = re.findall(r"@trial\ndef (\w+)", PROGRAM.read_text())
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+@pytest.fixture(scope="module", params=[[], [str(ELSEWHERE)]], ids=["in place", "staged"])
+def results(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, str]]:
     """Each rank's account of all trials."""
     path = tmp_path_factory.mktemp("collectives")
-    run = Training(path / "run", ["--nproc", "3"], [str(PROGRAM), str(path)]).start()
+    program = [*request.param, str(PROGRAM), str(path)]
+    run = Training(path / "run", ["--nproc", "3"], program).start()
     try:
         run.wait()
     finally:

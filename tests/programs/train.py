@@ -13,6 +13,7 @@ import threading
 import time
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -25,18 +26,29 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--pace", type=float, default=0.01, help="seconds of sleep in a step")
+    parser.add_argument("--until", default="", metavar="FILE", help="no pace once this is there")
     parser.add_argument("--busy", type=float, default=0.0, help="seconds holding the GIL, step 5")
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--on-shrink", default="keep-lr")
     parser.add_argument("--raise-at", type=int, default=-1, help="every rank 1 raises in this step")
     parser.add_argument("--deadlock-at", type=int, default=-1, help="rank 1 deadlocks, once")
     parser.add_argument("--lag-at", type=int, default=-1, help="rank 2 dies as rank 1 lags behind")
+    parser.add_argument("--save-at", type=int, action="append", default=[], help="state.save()")
+    parser.add_argument("--save-overlap", action="store_true")
+    parser.add_argument("--save-amid", action="store_true", help="where it must not be called")
+    parser.add_argument("--digest-every", type=int, default=1 << 30, metavar="STEPS")
+    parser.add_argument("--device", default="cpu", help="cuda: that of this process's LOCAL_RANK")
     parser.add_argument("--suicide", action="append", default=[], metavar="WHEN:RANK")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(1)
+    if args.device == "cuda":
+        number = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+        torch.cuda.set_device(number)
+        # Else its matrix products are not the same every time.
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     job = hpcft.init(on_shrink=args.on_shrink)
     data = TensorDataset(torch.randn(960, 16), torch.randint(0, 4, (960,)))
     net = nn.Sequential(
@@ -47,12 +59,18 @@ def main() -> None:
         nn.Linear(args.width, 4),
     )
     original = int(os.environ.get("PMIX_RANK", 0))
+    if "LOCAL_RANK" in os.environ:
+        print(f"local {os.environ['LOCAL_RANK']} of {os.environ['LOCAL_WORLD_SIZE']}", flush=True)
 
     def die(moment: str) -> None:
         # By process, not by role: who has been adopted is not harmed again.
         if not job.spare and original == job.rank and f"{moment}:{job.rank}" in args.suicide:
+            if all(f"{moment}:{rank}" in args.suicide for rank in range(job.size)):
+                # Else the first to die keeps the others from coming to it.
+                dist.barrier()
             os.kill(os.getpid(), signal.SIGKILL)
 
+    net.to(args.device)
     die("wrapping")
     model = DistributedDataParallel(net)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -81,11 +99,14 @@ def main() -> None:
         while state.step < args.steps:
             for inputs, targets in loader:
                 harm()
+                inputs, targets = inputs.to(args.device), targets.to(args.device)
                 if state.step == args.raise_at and job.rank == 1 and not job.spare:
                     raise ValueError("this script is wrong")
                 loss = F.cross_entropy(model(inputs), targets)
                 optimizer.zero_grad()
                 loss.backward()
+                if args.save_amid:
+                    state.save()
                 lag()
                 optimizer.step()
                 scheduler.step()
@@ -95,9 +116,16 @@ def main() -> None:
                     end = time.monotonic() + args.busy
                     while time.monotonic() < end:
                         sum(range(20_000_000))
-                time.sleep(args.pace)
+                if not (args.until and os.path.exists(args.until)):
+                    time.sleep(args.pace)
                 state.commit(loss=loss.item())
                 print(f"step {state.step} rank {job.rank} size {job.size}", flush=True)
+                if state.step % args.digest_every == 0 and job.rank == 0:
+                    print(f"after step {state.step}: {state.digest()}", flush=True)
+                if state.step in args.save_at:
+                    die("save")
+                    state.save(overlap=args.save_overlap)
+                    die("saved")
                 if state.step >= args.steps:
                     break
 

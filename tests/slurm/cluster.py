@@ -1,17 +1,19 @@
 """A real Slurm cluster on one machine.
 
-Each node has a network, a UTS and a mount namespace of its own (with its own /tmp) and a slurmd;
-slurmctld and munged run beside them. A bridge joins the nodes; cutting a node's link takes its
-interface down, so that nothing is told to the other side. Needs root, and from Debian: slurmctld,
-slurmd, slurm-client, munge, iproute2.
+Each node has a network, a UTS and a mount namespace of its own, with its own /tmp and /dev/shm, and
+a slurmd; slurmctld and munged run beside them. A bridge joins the nodes; cutting a node's link
+takes its interface down, so that nothing is told to the other side. Needs root, and from Debian:
+slurmctld, slurmd, slurm-client, munge, iproute2.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -26,6 +28,9 @@ NETWORK = "10.77.0"
 CONTROLLER = "hpcft-ctl"
 _HOSTS_MARK = "# hpcft-lab"
 _CPUS = 16
+#: Nothing but names, so that jobs can ask for them.
+_GPUS = 2
+_GPU_NODES = ("n3", "n4")
 _FREEZER = Path("/sys/fs/cgroup/freezer")
 
 _CONFIGURATION = """\
@@ -35,7 +40,8 @@ SlurmctldPort=7817
 SlurmdPort=7818
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={home}/munge.socket
+# A job that is requeued waits for as long as a credential is good.
+AuthInfo=socket={home}/munge.socket,cred_expire=5
 CryptoType=crypto/munge
 SlurmUser=root
 SlurmdUser=root
@@ -54,12 +60,17 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=2
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
-KillWait=5
+KillWait=15
 SlurmdTimeout=5
 TCPTimeout=5
+GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 MessageTimeout=20
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+PartitionName=DEFAULT Nodes=ALL State=UP OverSubscribe=NO MaxTime=INFINITE PriorityTier=10
+PartitionName=main Default=YES PreemptMode=OFF
+PartitionName=low PriorityTier=1 GraceTime=20 PreemptMode=CANCEL MaxTime=02:00:00 MaxNodes=3
 """
 
 
@@ -124,16 +135,7 @@ class Cluster:
         self._start_munge()
         self._make_network()
         self._write_configuration()
-        self._daemon(
-            [
-                "unshare",
-                "--uts",
-                "sh",
-                "-c",
-                f"hostname {CONTROLLER}; exec slurmctld -D -f {self.conf}",
-            ],
-            HOME / "slurmctld.out",
-        )
+        self._start_controller()
         for node in self.nodes:
             self._start_slurmd(node)
         _wait("all nodes to be idle", lambda: self.states() == dict.fromkeys(self.nodes, "idle"))
@@ -234,11 +236,22 @@ class Cluster:
     def _write_configuration(self) -> None:
         nodes = "\n".join(
             f"NodeName={node} NodeAddr={NETWORK}.{number} CPUs={_CPUS} RealMemory=4000"
+            + (f" Gres=gpu:{_GPUS}" if node in _GPU_NODES else "")
             for number, node in enumerate(self.nodes, 1)
         )
+        for number in range(_GPUS):
+            # As good as /dev/null; Slurm wants a device.
+            os.mknod(HOME / f"gpu{number}", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        where = f"NodeName={','.join(_GPU_NODES)} Name=gpu File={HOME}/gpu[0-{_GPUS - 1}]"
+        gres = f"AutoDetect=off\n{where}\n"
+        (HOME / "gres.conf").write_text(gres)
         self.conf.write_text(
             _CONFIGURATION.format(controller=CONTROLLER, network=NETWORK, home=HOME, nodes=nodes)
         )
+
+    def _start_controller(self) -> None:
+        inside = f"hostname {CONTROLLER}; exec slurmctld -D -f {self.conf}"
+        self._daemon(["unshare", "--uts", "sh", "-c", inside], HOME / "slurmctld.out")
 
     def _start_slurmd(self, node: str) -> None:
         home = HOME / node
@@ -257,7 +270,8 @@ class Cluster:
         binds = "".join(f"mount --bind {path} {there} && " for path, there in shared.items())
         inside = (
             f"echo $$ > {group}/tasks && hostname {node} && {binds}"
-            f"mount --rbind {home}/tmp /tmp && exec slurmd -D -N {node} -f {self.conf}"
+            f"mount --rbind {home}/tmp /tmp && mount -t tmpfs lab /dev/shm && "
+            f"exec slurmd -D -N {node} -f {self.conf}"
         )
         self._daemon(
             [
@@ -322,6 +336,24 @@ class Cluster:
             **how,  # type: ignore[call-overload]
         )
 
+    def batch(self, *words: str) -> str:
+        """Run a batch job to its end, and return how Slurm says it ended.
+
+        ``sbatch --wait`` looks seldom, and ever more seldom.
+        """
+        done = self.run("sbatch", "--parsable", *words)
+        if done.returncode:
+            raise LabError(done.stderr)
+        job = done.stdout.strip()
+        ended = re.compile(r"JobState=(COMPLETED|FAILED|CANCELLED|NODE_FAIL|TIMEOUT)")
+
+        def state() -> str:
+            found = ended.search(self.run("scontrol", "show", "job", job).stdout)
+            return found[1] if found else ""
+
+        _wait(f"job {job}", lambda: bool(state()), 120)
+        return state()
+
     def states(self) -> dict[str, str]:
         """State of every node, as sinfo has it."""
         done = self.run("sinfo", "-h", "-N", "-o", "%N %T")
@@ -337,6 +369,10 @@ class Cluster:
             return []
         return [pid for pid in _pids() if _netns(pid) == space]
 
+    def slurmd(self, node: str) -> int:
+        """The process that takes Slurm's orders there."""
+        return next(pid for pid in self.processes(node) if _name(pid) == "slurmd")
+
     def kill_node(self, node: str) -> None:
         """The node is gone at once: every process on it gets SIGKILL."""
         self.freeze(node)
@@ -346,13 +382,43 @@ class Cluster:
         self.thaw(node)
         _wait(f"{node} to be dead", lambda: not self.processes(node))
 
-    def revive(self) -> None:
-        """Undo all harm, and wait until Slurm has all nodes again."""
+    def kill_controller(self) -> None:
+        """slurmctld is gone; what it knew is in its files."""
+        for pid in self._daemons():
+            if _name(pid) == "slurmctld":
+                os.kill(pid, signal.SIGKILL)
+
+    def start_controller(self) -> None:
+        """It comes back."""
+        self._start_controller()
+        _wait("the controller", lambda: bool(self.states()))
+
+    def drain(self, node: str) -> None:
+        """Let no other job begin on a node."""
+        self._update(node, "DRAIN")
+
+    def undrain(self, node: str) -> None:
+        """Undo that."""
+        self._update(node, "RESUME")
+
+    def write_off(self, node: str) -> None:
+        """Tell Slurm that a node is lost, which it would find out half a minute later."""
+        self._update(node, "DOWN")
+
+    def _update(self, node: str, state: str) -> None:
+        self.run("scontrol", "update", f"NodeName={node}", f"State={state}", "Reason=lab")
+
+    def revive_nodes(self) -> None:
+        """Undo all harm to nodes."""
         for node in self.nodes:
             self.thaw(node)
             self.heal(node)
             if not any(_name(pid) == "slurmd" for pid in self.processes(node)):
                 self._start_slurmd(node)
+
+    def revive(self) -> None:
+        """The same, and wait until Slurm has all nodes again."""
+        self.revive_nodes()
         deadline = time.monotonic() + 60
         gentle = time.monotonic() + 3
         while busy := [node for node, state in self.states().items() if state != "idle"]:
@@ -362,9 +428,8 @@ class Cluster:
                 # Slurm can be minutes in asking a node again about a job that ended when it was
                 # away. Down and up clears that.
                 for node in busy:
-                    for state in ("DOWN", "RESUME"):
-                        command = ("scontrol", "update", f"NodeName={node}", f"State={state}")
-                        self.run(*command, "Reason=lab")
+                    self._update(node, "DOWN")
+                    self._update(node, "RESUME")
             time.sleep(0.2)
 
     def cut(self, node: str) -> None:
@@ -417,7 +482,7 @@ A real Slurm cluster of four nodes on this machine, for trying things out.
   tests/slurm/lab status         the nodes' states
   tests/slurm/lab down           take it down; leaves nothing behind
 
-A node has a /tmp of its own; everything else of the file system is shared.
+A node has a /tmp and a /dev/shm of its own; everything else of the file system is shared.
 """
 
 

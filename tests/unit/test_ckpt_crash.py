@@ -18,7 +18,7 @@ import pytest
 
 from hpcft.ckpt._engine import Engine
 from hpcft.ckpt.restore import load
-from hpcft.ckpt.store import Store
+from hpcft.ckpt.store import Store, files
 
 pytestmark = pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
 
@@ -29,11 +29,12 @@ PROGRAM = """
 import sys, torch
 from pathlib import Path
 from hpcft.ckpt._engine import Engine
-from hpcft.ckpt.save import Alone, Saver
-from hpcft.ckpt.store import Store
+from hpcft.ckpt.ranks import Alone
+from hpcft.ckpt.save import Saver
+from hpcft.ckpt.store import Store, files
 store = Store(Path(sys.argv[1]))
 # Without io_uring, whose writes strace does not see.
-saver = Saver(store, Alone(), Engine(4 << 20, chunk=65536, depth=0))
+saver = Saver(store, Alone(), Engine(4 << 20, chunk=65536, depth=0), layout=sys.argv[2])
 for step in (1, 2, 3):
     save = saver.begin(step, {"w": torch.full((50_000,), float(step)), "step": step})
     save.wait_copied()
@@ -41,6 +42,8 @@ for step in (1, 2, 3):
         pass
     save.finish()
     for old in store.committed()[:-1]:
+        # As ranks leave it that are no more.
+        open(old.path / "shard-00007.h5", "w").close()
         store.discard(old)
 """
 
@@ -56,13 +59,28 @@ class Call:
     data: bytes = b""
 
 
-def record(store: Path, traces: Path) -> list[Call]:
+LAYOUTS = {"shared": ["state.h5"], "per-rank": ["shard-00000.h5", "state.h5"]}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory: pytest.TempPathFactory, layout: str) -> list[Call]:
+    """What the program asks of the system."""
+    path = tmp_path_factory.mktemp(layout)
+    return record(path / "store", path / "traces", layout)
+
+
+def record(store: Path, traces: Path, layout: str) -> list[Call]:
     """The calls of the program, in order."""
     traces.mkdir()
     calls = "pwrite64,ftruncate,fsync,rename,mkdir,openat,unlink,rmdir"
     command = ["strace", "-ff", "-o", str(traces / "t"), "-ttt", "-y", "-xx", "-s", "100000"]
     subprocess.run(
-        [*command, "-e", f"trace={calls}", sys.executable, "-c", PROGRAM, str(store)],
+        [*command, "-e", f"trace={calls}", sys.executable, "-c", PROGRAM, str(store), layout],
         check=True,
         timeout=120,
     )
@@ -184,8 +202,7 @@ def whole_steps(folder: Path) -> list[int]:
     return steps
 
 
-def test_every_prefix_of_three_saves(tmp_path: Path) -> None:
-    calls = record(tmp_path / "store", tmp_path / "traces")
+def test_every_prefix_of_three_saves(tmp_path: Path, calls: list[Call], layout: str) -> None:
     names = [call.name for call in calls]
     # Three commits and two that were uncommitted; the third save found a directory aside.
     assert names.count("rename") == 6
@@ -205,23 +222,28 @@ def test_every_prefix_of_three_saves(tmp_path: Path) -> None:
     assert newest == 3
     disk.write(tmp_path / "end", flushed=True)
     assert whole_steps(tmp_path / "end") == [3]
+    names = [file.name for file in files(tmp_path / "end" / "step-000000000003")]
+    assert names == LAYOUTS[layout]
     Store(tmp_path / "end").sweep()
     assert [entry.name for entry in (tmp_path / "end").iterdir()] == ["step-000000000003"]
 
 
-def test_the_commit_is_flushed_in_order(tmp_path: Path) -> None:
-    """File before directory before rename before parent."""
-    calls = record(tmp_path / "store", tmp_path / "traces")
+def test_the_commit_is_flushed_in_order(calls: list[Call], layout: str) -> None:
+    """Files before directory before rename before parent."""
     commits = [i for i, c in enumerate(calls) if c.name == "rename" and c.target.startswith("step")]
     assert len(commits) == 3
     for number in commits:
         before, after = calls[:number], calls[number + 1 :]
         aside = calls[number].path
-        last_write = max(i for i, c in enumerate(before) if c.name == "pwrite64")
         flushes = [(i, c.path) for i, c in enumerate(before) if c.name == "fsync"]
-        file_flush = max(i for i, path in flushes if path == f"{aside}/state.h5")
         directory_flush = max(i for i, path in flushes if path == aside)
-        assert last_write < file_flush < directory_flush
+        for path in (f"{aside}/{name}" for name in LAYOUTS[layout]):
+            writes = [i for i, c in enumerate(before) if (c.name, c.path) == ("pwrite64", path)]
+            file_flush = max(i for i, flushed in flushes if flushed == path)
+            assert writes[-1] < file_flush < directory_flush
+        # Names are made, and removed, before as well.
+        named = [i for i, c in enumerate(before) if c.name in ("create", "unlink")]
+        assert named[-1] < directory_flush
         # Before the next commit, or anything else is renamed.
         following = next(c for c in after if c.name in ("fsync", "rename"))
         assert (following.name, following.path) == ("fsync", ".")

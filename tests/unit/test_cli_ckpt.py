@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from hpcft.ckpt._engine import Engine
-from hpcft.ckpt.save import Alone, Saver
+from hpcft.ckpt.ranks import Alone
+from hpcft.ckpt.save import Saver
 from hpcft.ckpt.store import Store
 from hpcft.cli.main import main
 
@@ -63,6 +65,13 @@ def test_ls(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "this is not a checkpoint of hpcft" in said(capsys, "ls", folder, code=1)
 
 
+def test_ls_tells_when_a_file_was_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # A directory that is used again keeps the time of the first checkpoint in it.
+    for checkpoint in Store(folder).committed():
+        os.utime(checkpoint.state, (1e9, 1e9 + checkpoint.step))
+    assert [row["saved"] for row in rows(capsys, "ls", folder)] == [1e9 + n for n in (10, 20, 30)]
+
+
 def test_show_tells_the_newest_of_a_directory(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,12 +115,30 @@ def test_prune(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nothing to remove" in said(capsys, "prune", folder, "--keep", "2")
 
 
+def test_metrics_are_listed_and_prune_goes_by_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(tmp_path)
+    for step, loss in ((10, 3.0), (20, 0.125), (30, 1.0), (40, 2.0)):
+        save = Saver(store, Alone(), Engine(16 << 20)).begin(step, {"w": step}, {"loss": loss})
+        while not save.advance():
+            pass
+        save.finish()
+    assert [row["metrics"] for row in rows(capsys, "ls", tmp_path)][1] == {"loss": 0.125}
+    assert "0.125" in said(capsys, "ls", tmp_path)
+    kept = ["--keep", "1", "--keep-nth", "30", "--keep-best", "loss"]
+    assert [row["step"] for row in rows(capsys, "prune", tmp_path, *kept)] == [10]
+    assert [row["step"] for row in rows(capsys, "prune", tmp_path, "--keep", "1")] == [20, 30]
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
         (["ls", "nowhere"], "there is no directory nowhere"),
         (["show", "nowhere"], "there is no directory nowhere"),
         (["prune", ".", "--keep", "0"], "--keep 0 would remove them all"),
+        (["prune", ".", "--keep", "1", "--keep-nth", "-2"], "--keep-nth -2 makes no sense"),
+        (["prune", ".", "--keep", "1", "--keep-best", ":"], "':' names no metric"),
         (["verify", "."], "there is no checkpoint in ."),
     ],
 )

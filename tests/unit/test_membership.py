@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hpcft.errors import StateLost, TooFewRanks
 from hpcft.world.membership import Membership, Policy, heal
-from hpcft.world.recovery import Report, plan_transfer
+from hpcft.world.recovery import Report, Transfer, plan_transfer
 
 
 def test_a_spare_takes_exactly_the_failed_rank() -> None:
@@ -126,3 +126,26 @@ def test_the_state_taken_is_the_most_advanced_whole_one(data: st.DataObject) -> 
 def test_before_the_first_step_everybody_receives() -> None:
     reports = {w: Report(w, 0, True, False) for w in range(3)}
     assert plan_transfer(Membership(1, (0, 1, 2), ()), reports).receivers == (1, 2)
+
+
+def test_scripts_are_run_anew_where_nothing_can_be_moved() -> None:
+    membership = Membership(1, (0, 3), ())
+
+    def plan(*reports: Report, restorable: bool) -> Transfer:
+        return plan_transfer(membership, {r.world: r for r in reports}, restorable)
+
+    spare = Report(3, -1, True, False)
+    shards = Report(0, 7, True, True, anew=True)
+    assert plan(shards, spare, restorable=True) == Transfer(0, (), -1, 7, anew=True)
+    with pytest.raises(StateLost):
+        plan(shards, spare, restorable=False)
+    # Before the first step there is nothing to lose.
+    setting_up = Report(0, 0, True, True, anew=True)
+    assert plan(setting_up, spare, restorable=False) == Transfer(0, (), -1, 0, anew=True)
+    without_a_state = Report(0, 0, True, True)
+    assert plan(without_a_state, spare, restorable=False).anew
+    # Whatever those have lost who are gone.
+    last = Report(3, -1, True, False, anew=True)
+    assert plan(Report(0, -1, True, False), last, restorable=True).anew
+    with pytest.raises(StateLost):
+        plan(Report(0, -1, True, False), last, restorable=False)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpcft.ckpt.near import Tier
+from hpcft.ckpt.policy import Best, Policy, Retention
 from hpcft.errors import UsageError
-from hpcft.launch.options import CheckpointOptions, RunOptions, check_sizes, parse
+from hpcft.launch.options import RunOptions, Sizes, check_sizes, parse
 
 #: Any file will do as a script: it is not run.
 SCRIPT = str(Path(__file__))
@@ -20,9 +23,12 @@ SCRIPT = str(Path(__file__))
 def test_without_options_one_rank_per_task_trains_and_nothing_is_parked() -> None:
     options = parse([SCRIPT])
     assert options == RunOptions(
+        argv=(),
         target=(SCRIPT,),
         module=False,
+        most_requeues=None,
         nproc=None,
+        most=None,
         spares=0,
         min_ranks=1,
         on_failure=("substitute", "shrink"),
@@ -33,6 +39,7 @@ def test_without_options_one_rank_per_task_trains_and_nothing_is_parked() -> Non
         warm=True,
         digest=True,
         checkpoints=None,
+        max_relaunch=0,
     )
 
 
@@ -45,9 +52,12 @@ def test_each_option_is_taken() -> None:
         ]
     )
     assert options == RunOptions(
+        argv=(),
         target=(SCRIPT,),
         module=False,
+        most_requeues=None,
         nproc=4,
+        most=None,
         spares=2,
         min_ranks=3,
         on_failure=("shrink",),
@@ -58,19 +68,61 @@ def test_each_option_is_taken() -> None:
         warm=False,
         digest=False,
         checkpoints=None,
+        max_relaunch=0,
     )
 
 
 def test_checkpoints_are_taken() -> None:
     few = parse(["--ckpt-dir", "/ck", SCRIPT]).checkpoints
-    assert few == CheckpointOptions("/ck", 600.0, True, 3, 1 << 30, 0, True)
+    assert few == Policy("/ck", 600.0, True, Retention(3), 1 << 30, 0, True, 120.0)
     many = [
         *("--ckpt-dir", "ck", "--ckpt-every", "100", "--ckpt-keep", "5", "--ckpt-memory", "1.5GiB"),
-        *("--ckpt-bandwidth", "200M", "--no-ckpt-overlap", SCRIPT),
+        *("--ckpt-bandwidth", "200M", "--no-ckpt-overlap", "--ckpt-timeout", "60", SCRIPT),
     ]
     directory = str(Path("ck").absolute())
-    expected = CheckpointOptions(directory, 100.0, False, 5, 3 << 29, 200 << 20, False)
+    expected = Policy(directory, 100.0, False, Retention(5), 3 << 29, 200 << 20, False, 60.0)
     assert parse(many).checkpoints == expected
+    for layout in ("auto", "shared", "per-rank"):
+        policy = parse(["--ckpt-layout", layout, *many]).checkpoints
+        assert policy == replace(expected, layout=layout)
+
+
+def test_tiers_near_the_ranks() -> None:
+    def near(*more: str) -> tuple[Tier, ...]:
+        policy = parse(["--ckpt-dir", "/ck", *more, SCRIPT]).checkpoints
+        assert policy is not None
+        assert Policy.of(json.loads(json.dumps(asdict(policy)))) == policy
+        return policy.near
+
+    assert near() == ()
+    memory, disk = near(
+        "--ckpt-near", "5", "--ckpt-near", "30s:/local", "--ckpt-near-copies", "xor:4"
+    )
+    assert (memory.every, memory.timed, memory.copies, memory.set_size) == (5, False, "xor", 4)
+    assert memory.path.startswith("/dev/shm/hpcft-near-")
+    assert (disk.every, disk.timed) == (30, True)
+    assert disk.path.startswith("/local/hpcft-near-")
+    # Another directory of checkpoints is another training.
+    [other] = near("--ckpt-near", "5", "--ckpt-dir", "/other")
+    assert other.path != memory.path
+    assert near("--ckpt-near", "5")[0].path == memory.path
+
+
+@pytest.mark.parametrize(
+    ("text", "best"),
+    [
+        ("loss", Best("loss", False, 1)),
+        ("loss:min", Best("loss", False, 1)),
+        ("val accuracy:max", Best("val accuracy", True, 1)),
+        ("loss:3", Best("loss", False, 3)),
+        ("acc:max:2", Best("acc", True, 2)),
+    ],
+)
+def test_what_is_kept_besides_the_newest(text: str, best: Best) -> None:
+    more = ["--ckpt-keep-nth", "50", "--ckpt-keep-best", text]
+    policy = parse(["--ckpt-dir", "ck", *more, SCRIPT]).checkpoints
+    assert policy is not None
+    assert policy.retention == Retention(3, 50, best)
 
 
 @pytest.mark.parametrize(
@@ -132,8 +184,8 @@ def test_whatever_follows_the_script_is_kept_as_it_is(args: list[str]) -> None:
     [
         (["--on-failure", "pray", SCRIPT], "--on-failure does not know 'pray'", "substitute"),
         (["--on-failure", "shrink,pray", SCRIPT], "'pray'", "shrink"),
-        (["--nproc", "0", SCRIPT], "--nproc 0 ", "1 or more"),
-        (["--nproc", "-2", SCRIPT], "--nproc -2 ", "1 or more"),
+        (["--nproc", "0", SCRIPT], "--nproc 0 ", "from 1 on"),
+        (["--nproc", "-2", SCRIPT], "--nproc -2 ", "from 1 on"),
         (["--spares", "-1", SCRIPT], "--spares -1 ", "0 or more"),
         (["--min-ranks", "0", SCRIPT], "--min-ranks 0 ", "1 or more"),
         (["--timeout-detect", "0.05", SCRIPT], "--timeout-detect 0.05 ", "0.1 or more"),
@@ -152,9 +204,23 @@ def test_whatever_follows_the_script_is_kept_as_it_is(args: list[str]) -> None:
         (["--ckpt-dir", "d", "--ckpt-every", "2.5", SCRIPT], "--ckpt-every '2.5' ", "30s"),
         (["--ckpt-dir", "d", "--ckpt-every", "nans", SCRIPT], "--ckpt-every 'nans' ", "30s"),
         (["--ckpt-dir", "d", "--ckpt-every", "", SCRIPT], "--ckpt-every '' ", "30s"),
+        (["--ckpt-near", "5", SCRIPT], "--ckpt-near is for the time between", "--ckpt-dir as well"),
+        (["--ckpt-dir", "d", "--ckpt-near", "x", SCRIPT], "--ckpt-near 'x' is neither", "30s"),
+        (["--ckpt-dir", "d", "--ckpt-near", "5:x", SCRIPT], "the same on all nodes", "from / on"),
+        (
+            ["--ckpt-dir", "d", "--ckpt-near", "5", "--ckpt-near-copies", "xor:1", SCRIPT],
+            "--ckpt-near-copies 'xor:1' is not known",
+            "xor:4",
+        ),
         (["--ckpt-dir", "d", "--ckpt-keep", "0", SCRIPT], "--ckpt-keep 0 ", "1 or more"),
+        (["--ckpt-dir", "d", "--ckpt-keep-nth", "-1", SCRIPT], "--ckpt-keep-nth -1", "0 or more"),
+        (["--ckpt-dir", "d", "--ckpt-keep-best", ":max", SCRIPT], "':max' names no", "accuracy"),
+        (["--ckpt-dir", "d", "--ckpt-keep-best", "a:0", SCRIPT], "'a:0' names no", "accuracy"),
+        (["--ckpt-dir", "d", "--ckpt-keep-best", "a:up", SCRIPT], "'a:up' names no", "accuracy"),
         (["--ckpt-dir", "d", "--ckpt-memory", "1M", SCRIPT], "--ckpt-memory 1M ", "16M or more"),
         (["--ckpt-dir", "d", "--ckpt-memory", "much", SCRIPT], "--ckpt-memory 'much' ", "512M"),
+        (["--ckpt-dir", "d", "--ckpt-timeout", "300", SCRIPT], "--ckpt-timeout 300 ", "less than"),
+        (["--ckpt-dir", "d", "--ckpt-timeout", "nan", SCRIPT], "--ckpt-timeout nan ", "more than"),
         (["--ckpt-dir", "d", "--ckpt-bandwidth", "-1", SCRIPT], "'-1' is no size", "512M"),
         (["--ckpt-dir", "d", "--ckpt-bandwidth", "inf", SCRIPT], "'inf' is no size", "512M"),
     ],
@@ -173,7 +239,6 @@ def test_nonsense_is_named_and_remedied(argv: list[str], names: str, remedy: str
         ([], "SCRIPT"),
         (["--spares", "1"], "SCRIPT"),
         (["--verbose", "4", SCRIPT], "--verbose"),
-        (["--nproc", "many", SCRIPT], "--nproc"),
         (["--timeout-detect", "soon", SCRIPT], "--timeout-detect"),
         (["--sapres", "1", SCRIPT], "--sapres"),
     ],
@@ -249,9 +314,41 @@ def test_sizes_are_accepted_exactly_if_they_fit(
 ) -> None:
     fits = tasks - spares >= min_ranks and nproc in (None, tasks - spares)
     try:
-        active = check_sizes(sized(nproc, spares, min_ranks), tasks, "mpiexec")
+        sizes = check_sizes(sized(nproc, spares, min_ranks), tasks, "mpiexec")
     except UsageError:
         assert not fits
     else:
         assert fits
-        assert active == tasks - spares
+        assert sizes == Sizes(tasks - spares, tasks - spares, spares)
+
+
+def test_a_range_of_ranks_is_a_least_and_a_most() -> None:
+    options = parse(["--nproc", "2:8", "--spares", "1", SCRIPT])
+    assert (options.nproc, options.most, options.min_ranks) == (2, 8, 2)
+    assert check_sizes(options, 5, "srun") == Sizes(4, 8, 1)
+    for tasks in (2, 10):
+        with pytest.raises(UsageError, match="2"):
+            check_sizes(options, tasks, "srun")
+
+
+@pytest.mark.parametrize("text", ["0", "x", "3:2", "3:", ":3", "1:2:3", "-1"])
+def test_what_is_no_number_of_ranks_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="makes no sense"):
+        parse([f"--nproc={text}", SCRIPT])
+
+
+@given(st.integers(1, 9), st.integers(0, 9), st.integers(0, 9), st.integers(1, 30))
+def test_ranks_train_before_there_are_spares_and_spares_are_kept_before_more_train(
+    initial: int, more: int, spares: int, ranks: int
+) -> None:
+    sizes = Sizes(initial, initial + more, spares)
+    active = sizes.share(ranks)
+    parked = ranks - active
+    assert 1 <= active <= sizes.most
+    assert parked >= 0
+    if active < initial:
+        assert parked == 0
+    if active > initial:
+        assert parked >= spares
+    if active < sizes.most:
+        assert parked <= spares

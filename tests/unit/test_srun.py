@@ -70,6 +70,7 @@ def test_a_task_of_a_step() -> None:
             "SLURM_SRUN_COMM_HOST": "10.0.0.1",
             "SLURM_NODEID": "1",
             "SLURM_PROCID": "3",
+            "SLURM_LOCALID": "1",
             "SLURM_STEP_NUM_TASKS": "5",
             "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
             "SLURMD_NODENAME": "n2",
@@ -77,5 +78,6 @@ def test_a_task_of_a_step() -> None:
         }
     )
     assert step is not None
-    assert (step.task, step.tasks, step.tasks_here, step.host) == (3, 5, 2, "n2")
+    assert (step.task, step.tasks, step.host) == (3, 5, "n2")
+    assert (step.task_here, step.tasks_here) == (1, 2)
     assert step.pmix

@@ -51,12 +51,26 @@ def test_a_run_without_failures_is_told_in_full() -> None:
         "reason": "",
         "steps": 500,
         "world": {"initial": 3, "final": 3, "spares_left": 2},
+        "restarts": 0,
+        "requeue": None,
         "restored_step": None,
         "checkpoints": [],
         "failures": [],
+        "relaunches": [],
+        "resizes": [],
         "params_sha256": "abc",
         "seconds": 60.123,
     }
+
+
+def test_a_run_that_was_asked_to_end_and_requeued_is_told() -> None:
+    start = Event("start", 0, (0,), 0, 1000.0, {"active": 1, "spares": 0, "restarts": 2})
+    asked = Event("interrupted", 7, (), 0, 1030.0, {"reason": "SIGUSR1", "newest": 7})
+    requeue = Event("requeue", 7, (), 0, 1031.0, {"requeued": True, "why": "", "excluded": ["n1"]})
+    told = summarise([start, asked, requeue])
+    assert (told["result"], told["reason"], told["steps"]) == ("interrupted", "SIGUSR1", 7)
+    assert (told["restarts"], told["requeue"]) == (2, requeue.detail)
+    assert told["seconds"] == 30
 
 
 def test_checkpoints_are_told() -> None:
@@ -244,7 +258,7 @@ def test_a_log_that_nobody_has_begun_is_empty(tmp_path: Path) -> None:
 
 def test_a_new_run_clears_what_a_former_one_left_and_nothing_else(tmp_path: Path) -> None:
     former = RunDirectory(tmp_path / "runs" / "one")
-    former.create(4)
+    former.create(4, "")
     former.append([START])
     former.write_ranks({"epoch": 0})
     former.write_summary({"result": "ok"})
@@ -255,7 +269,7 @@ def test_a_new_run_clears_what_a_former_one_left_and_nothing_else(tmp_path: Path
     (former.path / "logs" / "notes.txt").write_text("mine")
 
     run = RunDirectory(former.path)
-    run.create(2)
+    run.create(2, "")
     assert run.events() == []
     left = {str(file.relative_to(run.path)) for file in run.path.rglob("*") if file.is_file()}
     # The processes of this run may have begun their logs already.
@@ -264,7 +278,7 @@ def test_a_new_run_clears_what_a_former_one_left_and_nothing_else(tmp_path: Path
 
 def test_what_is_replaced_is_replaced_as_a_whole(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
-    run.create(1)
+    run.create(1, "")
     run.write_ranks({"epoch": 0, "ranks": ["x" * 10_000]})
     with run.ranks_file.open() as reader:
         run.write_ranks({"epoch": 1, "ranks": []})
@@ -280,4 +294,16 @@ def test_what_is_replaced_is_replaced_as_a_whole(tmp_path: Path) -> None:
 def test_a_directory_that_cannot_be_made_is_an_os_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        RunDirectory(tmp_path / "file" / "run").create(1)
+        RunDirectory(tmp_path / "file" / "run").create(1, "1.0.0")
+
+
+def test_one_task_calls_a_launch_off_and_no_former_launch_counts(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    assert run.call_off("7.0.0")
+    run.create(2, "7.0.1")
+    assert not run.called_off("7.0.0")
+    assert run.call_off("7.0.1")
+    assert not run.call_off("7.0.1")
+    # Rank 0 may be late, and make the directory when another task has failed already.
+    run.create(2, "7.0.1")
+    assert run.called_off("7.0.1")

@@ -1,0 +1,119 @@
+"""All ranks leave at the same step, whenever each of them hears that it is to leave."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpcft.launch.departure import Departure as Settling
+from hpcft.world.departure import Departure
+from hpcft.world.progress import Progress
+
+
+@dataclass
+class Rank:
+    """A rank that trains in lockstep with others, as far as collectives make it."""
+
+    number: int
+    answers: list[tuple[int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.progress = Progress.create()
+        self.departure = Departure(self.progress, lambda *answer: self.answers.append(answer))
+        self.departure.begin(0)
+        self.step = 0
+        self.at_gate = False
+        self.left: int | None = None
+
+    def commit(self) -> None:
+        """Complete a step, as hpcft.train.job does; stop if the step to leave at is not known."""
+        if not self.at_gate:
+            self.step += 1
+            self.progress.step(self.step)
+        if not self.departure.asked:
+            return
+        # Instead of waiting it gives up, and is tried again.
+        known = self.departure.over(self.step, lambda: True)
+        self.at_gate = 0 not in self.departure._until
+        if known:
+            self.left = self.step
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 5), st.integers(0, 10**6))
+def test_no_order_of_events_has_ranks_leave_at_different_steps(size: int, seed: int) -> None:
+    chance = random.Random(seed)
+    ranks = [Rank(number) for number in range(size)]
+    shepherds = [Settling() for _ in ranks]
+    #: What has still to arrive: at whom, and what.
+    messages: list[tuple[int, str, tuple[int, int]]] = []
+    asked_at = chance.randrange(30)
+    for moment in range(2_000):
+        if moment == asked_at:
+            messages += [(number, "ask", (0, 0)) for number in range(size)]
+        if messages and chance.random() < 0.3:
+            to, what, (sender, value) = messages.pop(chance.randrange(len(messages)))
+            if what == "ask":
+                ranks[to].departure.ask("SIGUSR1")
+                [(_, step)] = ranks[to].answers
+                messages += [(other, "at", (to, step)) for other in range(size)]
+            elif what == "at":
+                shepherds[to].at(0, sender, value)
+                until = shepherds[to].until(set(range(size)))
+                if until is not None:
+                    messages.append((to, "until", (0, until)))
+            else:
+                ranks[to].departure.settled(0, value)
+        rank = chance.choice(ranks)
+        # A step needs all others: nobody can complete the next before all have come to this.
+        others = min(r.step for r in ranks)
+        if rank.left is None and (rank.at_gate or rank.step <= others or size == 1):
+            rank.commit()
+        if all(rank.left is not None for rank in ranks):
+            break
+    assert len({rank.left for rank in ranks}) == 1
+    assert ranks[0].left is not None
+
+
+def test_who_does_not_train_says_so_and_who_parks_says_nothing() -> None:
+    rank = Rank(0)
+    rank.departure.pause()
+    rank.departure.ask("SIGTERM")
+    assert rank.answers == [(0, -1)]
+    spare = Rank(1)
+    spare.departure.wait()
+    spare.departure.ask("SIGTERM")
+    assert spare.answers == []
+    # It takes a failed rank's place.
+    spare.progress.step(7)
+    spare.departure.begin(3)
+    assert spare.answers == [(3, 7)]
+
+
+def test_a_failure_while_the_step_is_settled_ends_the_waiting() -> None:
+    rank = Rank(0)
+    rank.departure.ask("SIGTERM")
+    looks = iter([False, False, True])
+    assert not rank.departure.over(1, lambda: next(looks))
+
+
+def test_only_those_of_this_membership_count() -> None:
+    settling = Settling()
+    settling.at(0, 0, 100)
+    settling.at(1, 0, 7)
+    settling.at(1, 2, 8)
+    settling.epoch = 1
+    assert settling.until({0, 1, 2}) is None
+    assert settling.until({0, 2}) == 9
+
+
+@pytest.mark.parametrize("later", [7, 9])
+def test_the_first_answer_counts(later: int) -> None:
+    settling = Settling()
+    settling.at(0, 0, 8)
+    settling.at(0, 0, later)
+    assert settling.until({0}) == 9
