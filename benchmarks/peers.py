@@ -97,9 +97,9 @@ class Run:
 
 
 class HpcftRun(Run):
-    """The workload under hpcft."""
+    """The workload under hpcft; ``nproc`` may be something like ``3:4``."""
 
-    def __init__(self, nproc: int, spares: int, arguments: list[str], *options: str) -> None:
+    def __init__(self, nproc: int | str, spares: int, arguments: list[str], *options: str) -> None:
         launcher = [sys.executable, "-m", "hpcft.run", "--run-dir", "{path}/run", "--no-digest"]
         launcher += ["--nproc", str(nproc), "--spares", str(spares), *options]
         super().__init__(launcher, arguments)
