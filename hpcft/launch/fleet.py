@@ -249,7 +249,8 @@ class Fleet(Company):
         self.announce("bye", self.rank)
         deadline = time.monotonic() + self._timeout
         while time.monotonic() < deadline:
-            if self._peers.keys() <= self.known("bye") | self.known("dead"):
+            # Of a rank that is dead, its shepherd may still have to say why.
+            if self._peers.keys() <= self.known("bye") | self.known("cause"):
                 break
             await asyncio.sleep(0.005)
         for task in self._tasks:
