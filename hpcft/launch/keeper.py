@@ -85,7 +85,11 @@ class Keeper:
         place = self._task.place
         here = local_settings(self._task.number_here, self._task.ranks_here)
         environ = {**os.environ, **self._settings, **here}
-        with self._warmed(environ, self._rundir.log_file(place.rank)):
+        log = self._rundir.log_file(place.rank)
+        if not self._task.launched_by_us:
+            # A former run's. Who has launched us has seen to it, and may do so again in this run.
+            log.unlink(missing_ok=True)
+        with self._warmed(environ, log):
             sizes = self._sizes
             shepherd = Shepherd(
                 self._options, self._task, place, environ, sizes.initial, sizes, self._warm

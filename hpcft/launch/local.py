@@ -13,7 +13,7 @@ from types import FrameType
 
 from hpcft.ckpt.near import NearStore
 from hpcft.errors import UsageError
-from hpcft.launch import openmpi
+from hpcft.launch import budget, openmpi
 from hpcft.launch.child import (
     adopt_orphans,
     children,
@@ -61,27 +61,28 @@ def launch(options: RunOptions, argv: list[str]) -> int:
     openmpi.require_mpi4py(mpi)
     if problem := known_problem(mpi.version):
         print(f"hpcft: warning: {problem}", file=sys.stderr)
-    create_run_directory(options, tasks, "")
+    create_run_directory(options, 0, "")
     register(options, argv)
     again = [sys.executable, "-m", "hpcft.run", "--run-dir", str(options.run_dir), *argv]
     environ = {**os.environ, "HPCFT_LAUNCHER": str(os.getpid())}
     if sys.stderr.isatty():
         environ["HPCFT_TERMINAL"] = "1"
     rundir = RunDirectory(options.run_dir)
-
-    def can_leave() -> bool:
-        # The table is made when training begins.
-        return options.checkpoints is not None and rundir.ranks_file.exists()
-
-    with scratch() as folder:
-        code = _supervise(
-            [*openmpi.command(mpi.mpiexec, tasks, folder), *again], environ, can_leave
-        )
-    if code - 128 in _ENDS and options.checkpoints:
+    # The table is made when training begins.
+    launcher = _Launcher(lambda: options.checkpoints is not None and rundir.ranks_file.exists())
+    objection = ""
+    while not objection:
+        with scratch() as folder:
+            command = [*openmpi.command(mpi.mpiexec, tasks, folder), *again]
+            code = launcher.run(command, environ)
+        if not code or launcher.asked or not _lost(rundir):
+            break
+        objection = _relaunch(options, rundir, _reason(code), tasks)
+    if launcher.asked and code - 128 in _ENDS and options.checkpoints:
         # mpiexec leaves the shepherds no time for it.
         for tier in options.checkpoints.near:
             NearStore(Path(tier.path)).clear_all()
-    _tell_of_failure(rundir, code)
+    _tell_of_failure(rundir, code, objection)
     if not code and rundir.failed():
         return 3
     return code
@@ -102,56 +103,78 @@ def create_run_directory(options: RunOptions, tasks: int, launch: str) -> None:
         ) from error
 
 
-def _supervise(command: list[str], environ: dict[str, str], can_leave: Callable[[], bool]) -> int:
-    """Start a command and wait for its end.
+class _Launcher:
+    """Runs mpiexec, and knows who wants the run to end.
 
     Parameters
     ----------
     can_leave: whether the ranks train, and would save before they end.
     """
-    adopt_orphans()
-    asked: list[int] = []
-    #: What has asked for an orderly end.
-    wished: list[int] = []
 
-    def ask(number: int, _: FrameType | None) -> None:
+    def __init__(self, can_leave: Callable[[], bool]) -> None:
+        self._can_leave = can_leave
+        self._process: subprocess.Popen[bytes] | None = None
+        #: The signals that warned of the run's end, and were to end it in order or at once.
+        self._warned: list[int] = []
+        self._wished: list[int] = []
+        self._asked: list[int] = []
+        adopt_orphans()
+        for number in (*_ENDS, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, self._signalled)
+
+    @property
+    def asked(self) -> bool:
+        """Whether somebody wants the run to end."""
+        return bool(self._asked or self._wished or self._warned)
+
+    def run(self, command: list[str], environ: dict[str, str]) -> int:
+        """Start a command and wait for its end.
+
+        Returns
+        -------
+        Its exit code; 128 and the number of a signal that has ended it or was to.
+        """
+        self._process = process = subprocess.Popen(
+            command,
+            env=environ,
+            # Ctrl-C reaches this process alone, which knows what to do about it.
+            start_new_session=True,
+            preexec_fn=lambda: die_with_parent(signal.SIGKILL),
+        )
+        deadline: float | None = None
+        tasks = _Tasks(process.pid)
+        while True:
+            try:
+                code = process.wait(0.1 if deadline is None and not self._asked else 0.5)
+                break
+            except subprocess.TimeoutExpired:
+                if (self._asked or tasks.over(time.monotonic())) and deadline is None:
+                    deadline = time.monotonic() + _PATIENCE
+                if deadline and time.monotonic() > deadline:
+                    process.kill()
+        _clear_up()
+        if self._asked or (self._wished and code == 128 + signal.SIGUSR1):
+            return 128 + (self._asked or self._wished)[0]
+        if code < 0 and deadline:
+            return tasks.code
+        return code if code >= 0 else 128 - code
+
+    def _signalled(self, number: int, _: FrameType | None) -> None:
         # mpiexec passes it on to the shepherds, and they to the ranks. Asked twice, it is killed.
         if number not in _ENDS:
-            process.send_signal(number)
-        elif can_leave() and not wished:
-            wished.append(number)
-            process.send_signal(signal.SIGUSR1)
+            self._warned.append(number)
+            self._pass_on(number)
+        elif self._can_leave() and not self._wished:
+            self._wished.append(number)
+            self._pass_on(signal.SIGUSR1)
         else:
-            asked.append(number)
+            self._asked.append(number)
             # The shepherds would take the first SIGTERM for a wish, and mpiexec kills them soon.
-            process.send_signal(signal.SIGTERM if len(asked) == 1 else signal.SIGKILL)
+            self._pass_on(signal.SIGTERM if len(self._asked) == 1 else signal.SIGKILL)
 
-    process = subprocess.Popen(
-        command,
-        env=environ,
-        # Ctrl-C reaches this process alone, which knows what to do about it.
-        start_new_session=True,
-        preexec_fn=lambda: die_with_parent(signal.SIGKILL),
-    )
-    for number in (*_ENDS, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, ask)
-    deadline: float | None = None
-    tasks = _Tasks(process.pid)
-    while True:
-        try:
-            code = process.wait(0.1 if deadline is None and not asked else 0.5)
-            break
-        except subprocess.TimeoutExpired:
-            if (asked or tasks.over(time.monotonic())) and deadline is None:
-                deadline = time.monotonic() + _PATIENCE
-            if deadline and time.monotonic() > deadline:
-                process.kill()
-    _clear_up()
-    if asked or (wished and code == 128 + signal.SIGUSR1):
-        return 128 + (asked or wished)[0]
-    if code < 0 and deadline:
-        return tasks.code
-    return code if code >= 0 else 128 - code
+    def _pass_on(self, number: int) -> None:
+        if self._process:
+            self._process.send_signal(number)
 
 
 class _Tasks:
@@ -183,12 +206,50 @@ class _Tasks:
         return self._seen and len(ended) == len(statuses)
 
 
-def _tell_of_failure(rundir: RunDirectory, code: int) -> None:
+def _lost(rundir: RunDirectory) -> bool:
+    """Whether a run that trained has lost its shepherds, if nobody wanted it to end.
+
+    mpiexec's end may leave them the time to save.
+    """
+    summary = rundir.summary()
+    return bool(rundir.events()) and (not summary or summary["result"] == "interrupted")
+
+
+def _reason(code: int) -> str:
+    return f"mpiexec ended with exit code {code}, and with it all shepherds"
+
+
+def _relaunch(options: RunOptions, rundir: RunDirectory, reason: str, tasks: int) -> str:
+    """Note that all is started again, from outside and cold.
+
+    The shepherds would have done it from warm processes, and are lost with them.
+
+    Returns
+    -------
+    Why it is not; empty if it is.
+    """
+    events = rundir.events()
+    if objection := budget.objection(events, options.max_relaunch):
+        return objection
+    step = max(event.step for event in events)
+    detail = {"reason": reason, "hosts": [os.uname().nodename]}
+    rundir.summary_file.unlink(missing_ok=True)
+    rundir.append([Event("relaunch", step, tuple(range(tasks)), detail=detail)])
+    if options.verbose:
+        print(
+            f"hpcft: relaunching {tasks} ranks, {budget.lately(events) + 1} of "
+            f"{options.max_relaunch}: {reason}",
+            file=sys.stderr,
+        )
+    return ""
+
+
+def _tell_of_failure(rundir: RunDirectory, code: int, objection: str) -> None:
     """Sum up a run whose shepherds could not, as mpiexec was killed and they with it."""
     events = rundir.events()
     if not code or not events or rundir.summary_file.exists():
         return
-    reason = f"mpiexec ended with exit code {code}, and with it all shepherds"
+    reason = "; ".join(filter(None, (_reason(code), objection)))
     print(f"hpcft: the run has failed: {reason}", file=sys.stderr)
     step = max(event.step for event in events)
     rundir.append([Event("failed", step, detail={"reason": reason})])

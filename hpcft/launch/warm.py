@@ -39,7 +39,7 @@ class Warm:
 
     def __init__(self, target: Sequence[str], environ: Mapping[str, str], log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        self._log = log.open("wb", buffering=0)
+        self._log = log.open("ab", buffering=0)
         #: Which output also goes to our own stdout and stderr, and under what name.
         self.echo = False
         self.prefix = b""

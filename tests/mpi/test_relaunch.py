@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -50,6 +51,34 @@ def running(run: Training, part: str) -> list[psutil.Process]:
 
 def checkpointed(path: Path) -> list[str]:
     return ["--ckpt-dir", str(path / "checkpoints"), "--ckpt-every", "5"]
+
+
+def kill_mpiexec(run: Training) -> None:
+    shepherd = psutil.Process(run.entry(0)["pid"]).parent()
+    os.kill(shepherd.ppid(), signal.SIGKILL)
+
+
+def test_without_shepherds_the_launcher_starts_all_again(launch: Launch, tmp_path: Path) -> None:
+    options = [*checkpointed(tmp_path), "--max-relaunch", "2"]
+    run = launch("--nproc", "2", *options, program=["--steps", "100000"])
+    run.wait_for_step(8)
+    kill_mpiexec(run)
+    launched(run, 2)
+    run.wait_for_step(run.step() + 5)
+    # The budget is one, whoever relaunches.
+    kill_all(run)
+    launched(run, 3)
+    run.wait_for_step(run.step() + 5)
+    kill_mpiexec(run)
+    summary = run.finish(code=137)
+    assert not family(run.run_dir)
+    reasons = [relaunch["reason"] for relaunch in summary["relaunches"]]
+    assert reasons[0] == "mpiexec ended with exit code 137, and with it all shepherds"
+    assert reasons[1] == "all ranks failed, the last: killed by SIGKILL"
+    restored = [event["step"] for event in run.events() if event["kind"] == "restore"]
+    assert 5 <= restored[0] < restored[1]
+    # Logs of the launches before are kept.
+    assert re.search("^step 8 ", run.logs(), re.M)
 
 
 def test_everything_lost_is_started_again(launch: Launch, tmp_path: Path, undisturbed: str) -> None:
