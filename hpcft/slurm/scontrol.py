@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 
+#: Slurm signals all processes of a job that it ends, and what tells it something may be one.
+_UNSIGNALLED = ("sh", "-c", "trap '' TERM; exec \"$@\"", "sh")
 _SECONDS = 10.0  # a busy controller answers late; nobody is to wait for it for long
 
 
@@ -29,15 +31,13 @@ def tell(*arguments: str, seconds: float = _SECONDS) -> str:
     """
     try:
         done = subprocess.run(
-            ["scontrol", *arguments],
+            [*_UNSIGNALLED, "scontrol", *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=seconds,
             check=False,
         )
-    except OSError as error:
-        raise Refused(f"scontrol cannot be run: {error}") from error
     except subprocess.TimeoutExpired as error:
         raise Refused(f"the controller does not answer within {seconds:g} s") from error
     if done.returncode:

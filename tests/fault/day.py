@@ -246,8 +246,10 @@ def _one(cluster: Cluster, seed: int, number: int) -> bool:
         problem = str(error)
     results = [summary["result"] for summary in day.job.summaries()]
     took = time.monotonic() - began
+    said = [line for line in day.job.output.splitlines() if line.startswith("hpcft: ")]
+    why = "" if results[-1:] == ["ok"] else f" ({said[-1] if said else 'no word'})"
     print(
-        f"day {number}: {', '.join(map(str, deeds))}: {' '.join(results)} "
+        f"day {number}: {', '.join(map(str, deeds))}: {' '.join(results)}{why} "
         f"({took:.0f} s) {'WRONG: ' + problem if problem else 'right'}",
         flush=True,
     )

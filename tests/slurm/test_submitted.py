@@ -11,7 +11,7 @@ import pytest
 import submitit
 from cluster import Cluster
 from jobs import training
-from training import wait_for
+from training import STORIES, tails, wait_for
 
 import hpcft.submitit
 
@@ -26,6 +26,9 @@ def executor(
         monkeypatch.setenv(name, value)
     executor = submitit.AutoExecutor(folder=shared_path / "jobs", cluster="slurm")
     executor.update_parameters(timeout_min=10, **hpcft.submitit.allocation(nodes=3))
+    folder = shared_path / "jobs"
+    STORIES.append(lambda: cluster.run("scontrol", "show", "jobs").stdout)
+    STORIES.append(lambda: "\n".join(tails(*folder.glob("*.*"), *folder.glob("*/*.jsonl"))))
     yield executor
     cluster.run("scancel", "--full", "--signal=KILL", "--user=root")
 

@@ -14,7 +14,7 @@ from hpcft.slurm.batch import Wanted, warning_time, write
 from hpcft.slurm.cluster import Partition, choose, choose_pmix, read_partitions
 from hpcft.slurm.job import parse, read_graces
 from hpcft.slurm.requeue import Budget
-from hpcft.slurm.scontrol import fields, seconds
+from hpcft.slurm.scontrol import fields, seconds, tell
 from hpcft.telemetry.events import Event
 
 #: As Slurm 22.05 shows it.
@@ -260,3 +260,14 @@ def test_the_warning_comes_early_enough_for_what_saves_have_taken() -> None:
     assert warning_time(saves, "/d")[0] == 300
     saves = [event("checkpoint", 1, path="/c/step-1", seconds=0.1)]
     assert warning_time(saves, "/c")[0] == 120
+
+
+def test_the_end_of_a_job_does_not_end_what_is_told_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Slurm signals all processes of a job, as this does itself.
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\nkill -TERM $$\necho "$@"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert tell("update", "JobId=7") == "update JobId=7\n"
