@@ -76,8 +76,10 @@ class Job:
     What it returns is the job's result: of a function, what that returns in rank 0; of a script,
     the run's summary. The arguments it is called with are those of the function, or of the script.
 
-    When the allocation's time is nearly over, or Slurm takes it away, submitit warns the job: the
-    run is ended in order, and submitit has the job requeued, to go on from the newest checkpoint.
+    When the allocation's time is nearly over submitit warns the job: the run is ended in order, and
+    submitit has the job requeued, to go on from where it was. When Slurm takes the allocation away
+    it sends SIGTERM to all, for which srun kills its tasks: then it goes on from the newest
+    checkpoint that there is.
 
     Parameters
     ----------
@@ -129,7 +131,7 @@ class Job:
         command = [sys.executable, "-m", "hpcft.run", *words, *self._options, *target]
         tasks = self._nproc + self._spares
         code = self._run([*starter(tasks, os.environ), *command], without_step(os.environ))
-        if code in (INTERRUPTED, 128 + signal.SIGTERM):
+        if self._asked or code in (INTERRUPTED, 128 + signal.SIGTERM):
             # submitit's warning, which has the job requeued, may come after the one to all.
             time.sleep(_PATIENCE)
         if code:
@@ -143,7 +145,8 @@ class Job:
             pid = self._process.pid
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 if not self._asked:
-                    os.kill(pid, signal.SIGTERM)
+                    # Not SIGTERM, for which srun kills its tasks; this it passes on to them.
+                    os.kill(pid, signal.SIGUSR1)
                 os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         return DelayedSubmission(self, *args, **kwargs)
 

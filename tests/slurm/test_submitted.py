@@ -47,8 +47,8 @@ def test_a_function_outlives_a_preemption_and_a_node(
         return cluster.run("squeue", "--noheader", "--format=%T", "--jobs", job.job_id).stdout
 
     wait_for("the requeue", lambda: "PENDING" in state())
-    # Slurm lets such a job wait for two minutes.
-    cluster.run("scontrol", "update", f"JobId={job.job_id}", "StartTime=now")
+    # Slurm lets such a job wait for two minutes. Within the second of its end nodes refuse it.
+    cluster.run("scontrol", "update", f"JobId={job.job_id}", "StartTime=now+3")
 
     def restored() -> bool:
         log = run / "events.jsonl"
