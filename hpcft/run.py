@@ -23,7 +23,7 @@ from hpcft.launch.register import register
 from hpcft.launch.scratch import scratch
 from hpcft.launch.settings import rank_settings
 from hpcft.slurm import srun
-from hpcft.slurm.job import find as find_job
+from hpcft.slurm.job import find_job
 from hpcft.slurm.step import find_step
 from hpcft.telemetry.rundir import RunDirectory
 

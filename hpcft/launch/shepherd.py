@@ -49,8 +49,7 @@ from hpcft.launch.siblings import Siblings
 from hpcft.launch.warm import Warm
 from hpcft.launch.watchdog import JamWatch, Watchdog
 from hpcft.slurm import nodes
-from hpcft.slurm.job import find as find_job
-from hpcft.slurm.job import graces
+from hpcft.slurm.job import find_job
 from hpcft.slurm.requeue import Budget, conclude, requeue
 from hpcft.slurm.step import Step
 from hpcft.telemetry.events import Event, Times
@@ -1079,7 +1078,7 @@ def _named(one: str, several: str, hosts: list[str]) -> str:
 
 def _warn_of_short_grace(step: Step, needed: float) -> None:
     job = find_job(step.job)
-    for grace in graces(job) if job else ():
+    for grace in job.graces() if job else ():
         if grace.seconds < _SAFETY * needed:
             print(
                 f"hpcft: warning: {grace.what} leaves {grace.seconds:g} s, and this checkpoint "
