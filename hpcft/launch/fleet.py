@@ -116,7 +116,7 @@ class Fleet(Company):
     timeout: seconds of silence after which a node is declared dead.
     on_fact: called with every fact that is new, own ones included.
     on_hold: called with True when this node's ranks must not run now, False when they may again.
-    on_fenced: called when this node was declared dead by the others.
+    on_fenced: called once, when the others go on without this node.
     """
 
     def __init__(
@@ -151,6 +151,11 @@ class Fleet(Company):
     def _alone(self) -> bool:
         """Whether this node is the only one."""
         return len(self._nodes) == 1
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this shepherd does what one is to do for all."""
+        return self.rank == min(self.standing() - self.retiring(), default=-1)
 
     def _expected(self) -> set[int]:
         """The ranks whose shepherds this one is connected to."""
@@ -260,8 +265,9 @@ class Fleet(Company):
         await asyncio.gather(*(c.close() for c in self._connections.values()))
 
     def _fence(self, reason: str) -> None:
-        self.fenced = True
-        self._on_fenced(reason)
+        first, self.fenced = not self.fenced, True
+        if first:
+            self._on_fenced(reason)
 
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

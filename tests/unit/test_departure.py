@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcft.launch.departure import Departure as Settling
+from hpcft.launch.departure import Settling
 from hpcft.world.departure import Departure
 from hpcft.world.progress import Progress
 
@@ -63,7 +63,7 @@ def test_no_order_of_events_has_ranks_leave_at_different_steps(size: int, seed: 
                 messages += [(other, "at", (to, step)) for other in range(size)]
             elif what == "at":
                 shepherds[to].at(0, sender, value)
-                until = shepherds[to].until(set(range(size)))
+                until = shepherds[to].until(0, set(range(size)))
                 if until is not None:
                     messages.append((to, "until", (0, until)))
             else:
@@ -106,9 +106,8 @@ def test_only_those_of_this_membership_count() -> None:
     settling.at(0, 0, 100)
     settling.at(1, 0, 7)
     settling.at(1, 2, 8)
-    settling.epoch = 1
-    assert settling.until({0, 1, 2}) is None
-    assert settling.until({0, 2}) == 9
+    assert settling.until(1, {0, 1, 2}) is None
+    assert settling.until(1, {0, 2}) == 9
 
 
 @pytest.mark.parametrize("later", [7, 9])
@@ -116,4 +115,4 @@ def test_the_first_answer_counts(later: int) -> None:
     settling = Settling()
     settling.at(0, 0, 8)
     settling.at(0, 0, later)
-    assert settling.until({0}) == 9
+    assert settling.until(0, {0}) == 9
