@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpcft.ckpt.near import NearStore, step_of
-from hpcft.launch.fleet import Death
+from hpcft.launch.cause import Death
 from hpcft.telemetry.events import Event, Times
 from hpcft.telemetry.events import failure as failure_event
 from hpcft.telemetry.rundir import RunDirectory

@@ -47,8 +47,9 @@ import os
 import socket
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
+from hpcft.launch.cause import Death
 from hpcft.launch.channel import (
     LINE_LIMIT,
     Connection,
@@ -59,21 +60,6 @@ from hpcft.launch.channel import (
 )
 from hpcft.launch.company import GUESTS, Company, Peer
 from hpcft.launch.quorum import Quorum
-
-
-@dataclass(frozen=True)
-class Death:
-    """A rank is dead, or will be before it can speak again.
-
-    cause: in words; empty if not known yet.
-    at: when it failed, as far as is known, in seconds since 1970.
-    code: what its exit code was, or would be.
-    """
-
-    rank: int
-    cause: str
-    at: float
-    code: int = 137
 
 
 class Listener:

@@ -6,8 +6,7 @@ import time
 from dataclasses import replace
 
 from hpcft.errors import INTERRUPTED
-from hpcft.launch.cause import Ending
-from hpcft.launch.fleet import Death
+from hpcft.launch.cause import Death, Ending
 
 
 class Outcome:

@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 
 from hpcft.ckpt.near import NearStore
 from hpcft.errors import INTERRUPTED, TooFewRanks
-from hpcft.launch.cause import Ending
+from hpcft.launch.cause import Death, Ending
 from hpcft.launch.channel import Message
 from hpcft.launch.child import Child
 from hpcft.launch.chronicle import Chronicle
@@ -40,10 +40,12 @@ from hpcft.launch.courier import Courier
 from hpcft.launch.crew import Crew
 from hpcft.launch.departure import Departures
 from hpcft.launch.door import Door, Doorkeeper
-from hpcft.launch.fleet import Death, Fleet, Listener
+from hpcft.launch.fleet import Fleet, Listener
+from hpcft.launch.link import Link
 from hpcft.launch.options import RunOptions, Sizes
 from hpcft.launch.outcome import Outcome
 from hpcft.launch.place import Place, Task
+from hpcft.launch.reaper import Reaper
 from hpcft.launch.relay import Relay
 from hpcft.launch.resizing import Resizing
 from hpcft.launch.scheduler import Scheduler, retire_drained
@@ -137,8 +139,6 @@ class Shepherd:
         #: What lasts no longer than the launch.
         self._tasks: list[asyncio.Future[None]] = []
         self._reaped = False
-        #: Statuses of processes that have ended: the rank may be one before its number is known.
-        self._reaped_strangers: dict[int, int] = {}
         self._stop_timer: asyncio.TimerHandle | None = None
         self._dying = ""
         #: Whether the run is to end at once, for somebody has asked for that.
@@ -178,17 +178,19 @@ class Shepherd:
         self._relay = await Relay.start(self._environ)
         self._progress = Progress.create()
         self._child = Child(self._warm.pid)
+        self._link = await Link.create()
+        self._reaper = Reaper(self._child, self._warm, self._stopped, self._continued, self._ended)
         self._echo(0 if self._place.rank == 0 else None)
-        loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        loop.add_signal_handler(signal.SIGCHLD, self._reaper.reap)
         # What has ended before this.
-        self._reap()
+        self._reaper.reap()
         for number in ENDS + WARNINGS:
             loop.add_signal_handler(number, self._signalled, number)
         if self._former:
             self._former.on_fact = self._learned_formerly
         if self._ticket:
             loop.add_reader(self._ticket, self._place_lost)
-        self._tasks.append(asyncio.ensure_future(self._start_child()))
+        self._tasks.append(asyncio.ensure_future(self._start_rank()))
         self._start_timer = loop.call_later(
             _START_TIME, self._start_failed, "ranks did not start MPI"
         )
@@ -330,21 +332,22 @@ class Shepherd:
             elif siblings.missing(time.monotonic()):
                 self._start_failed("a rank's shepherd ended while the ranks were starting")
 
-    async def _start_child(self) -> None:
-        ours, theirs = socket.socketpair()
+    async def _start_rank(self) -> None:
+        """Have the rank forked, and do what it says until its end."""
+        link = self._link
         environ = {**self._relay.environ, "HPCFT_RUN": json.dumps(self._rank_options())}
-        reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=1 << 24)
         try:
-            pid = await self._warm.fork(environ, (theirs.fileno(), self._progress.fd))
+            pid = await self._warm.fork(environ, (link.theirs.fileno(), self._progress.fd))
         except ProcessLookupError:
             # The kernel tells of its end, and why.
             return
         finally:
-            theirs.close()
-        self._child.pid = pid
-        if pid in self._reaped_strangers:
-            self._ended(self._child.end(self._reaped_strangers[pid]))
-        await self._read_link(reader)
+            link.theirs.close()
+        self._reaper.forked(pid)
+        # Of a pipe that is broken, or another shepherd that is lost: either is learnt elsewhere.
+        with contextlib.suppress(OSError):
+            async for message in link.messages():
+                await getattr(self, f"_rank_{message['kind']}")(message)
 
     def _rank_options(self) -> dict[str, Any]:
         """What the rank is told."""
@@ -370,17 +373,6 @@ class Shepherd:
 
     # -- the rank speaks -----------------------------------------------------------------------
 
-    async def _read_link(self, reader: asyncio.StreamReader) -> None:
-        # A rank that is killed can leave a broken pipe behind; that it ended is learnt elsewhere.
-        with contextlib.suppress(OSError):
-            while line := await reader.readline():
-                message = json.loads(line)
-                await getattr(self, f"_rank_{message['kind']}")(message)
-
-    def _tell(self, message: Message) -> None:
-        if not self._writer.is_closing():
-            self._writer.write(json.dumps(message).encode() + b"\n")
-
     async def _rank_hello(self, message: Message) -> None:
         place = self._place
         if message["rank"] != place.rank or message["size"] != place.size:
@@ -392,7 +384,7 @@ class Shepherd:
         loop = asyncio.get_running_loop()
         threading.Thread(target=self._await_end, args=(loop,), daemon=True).start()
         peer = self._listener.peer(place.rank, place.node, place.host)
-        self._tell({"kind": "peer", "peer": vars(peer)})
+        self._link.tell({"kind": "peer", "peer": vars(peer)})
 
     async def _rank_table(self, message: Message) -> None:
         peers = [Peer(**peer) for peer in message["peers"]]
@@ -405,9 +397,9 @@ class Shepherd:
             self._fence,
         )
         crew, progress = self._crew, self._progress
-        self._departures = Departures(fleet, crew, self._tell)
+        self._departures = Departures(fleet, crew, self._link.tell)
         self._resizing = Resizing(fleet, crew, progress, self._over.is_set)
-        self._copies = Copies(self._courier, fleet, crew, self._tiers, self._tell)
+        self._copies = Copies(self._courier, fleet, crew, self._tiers, self._link.tell)
         timeout = self._options.timeout_progress
         self._vigil = Vigil(
             fleet, crew, self._child, progress, timeout, self._kill_hung, self._stalled
@@ -420,7 +412,7 @@ class Shepherd:
         self._tasks.append(asyncio.ensure_future(self._vigil.keep()))
         if self._place.rank == 0:
             self._doorkeeper = Doorkeeper(self._rundir, self._door(peers, message["secret"]))
-        self._tell({"kind": "ready"})
+        self._link.tell({"kind": "ready"})
         # Somebody may have asked while others were still connecting.
         self._departures.renew()
 
@@ -505,28 +497,6 @@ class Shepherd:
         self._end(message["code"], message["reason"], again=message["code"] == _TOO_MUCH)
 
     # -- the rank ends or stops ----------------------------------------------------------------
-
-    def _reap(self) -> None:
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            over = not (os.WIFSTOPPED(status) or os.WIFCONTINUED(status))
-            if over and pid == self._warm.pid:
-                self._warm.ended = True
-            if pid != self._child.pid:
-                if over:
-                    self._reaped_strangers[pid] = status
-                continue
-            if os.WIFSTOPPED(status):
-                self._stopped(time.time())
-            elif os.WIFCONTINUED(status):
-                self._continued()
-            else:
-                self._ended(self._child.end(status))
 
     def _stopped(self, at: float) -> None:
         if self._child.stopped_by_us or self._stop_timer or self.fleet is None:
@@ -693,14 +663,14 @@ class Shepherd:
             if rank == self._place.rank:
                 self._child.kill()
             else:
-                self._tell(
+                self._link.tell(
                     {"kind": "failed", "rank": rank, "cause": fact["cause"], "at": fact["at"]}
                 )
             self.outcome.died(Death(rank, fact["cause"], fact["at"], fact["code"]))
         elif kind == "cause":
             self.outcome.explained(rank, fact["cause"], fact["code"])
             if rank != self._place.rank:
-                self._tell({"kind": "cause", "rank": rank, "cause": fact["cause"]})
+                self._link.tell({"kind": "cause", "rank": rank, "cause": fact["cause"]})
         elif kind in (LEAVE, RESIZE):
             if kind == LEAVE:
                 self.outcome.wish = fact["reason"]

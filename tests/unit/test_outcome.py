@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hpcft.errors import INTERRUPTED
-from hpcft.launch.cause import Ending
-from hpcft.launch.fleet import Death
+from hpcft.launch.cause import Death, Ending
 from hpcft.launch.outcome import Outcome
 
 
