@@ -10,14 +10,15 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from hpcft.errors import HpcftError
-from hpcft.launch.guest import Door, visit
+from hpcft.launch.door import Door
+from hpcft.launch.guest import visit
 from hpcft.launch.keeper import Keeper
 from hpcft.launch.options import Sizes, parse
 from hpcft.launch.place import guest_task
-from hpcft.run import keep
+from hpcft.run import keep, reported
 from hpcft.telemetry.rundir import RunDirectory
 
 
@@ -31,19 +32,18 @@ def main(argv: list[str] | None = None) -> int:
     (path,) = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        task = guest_task()
-        door = asyncio.run(_look(RunDirectory(Path(path))))
-        os.chdir(door.cwd)
-        options = parse([*door.argv])
-        here = sum(peer.host == task.place.host for peer in door.peers)
-        task = replace(task, number_here=here, ranks_here=here + 1)
-        return keep(options, task, Sizes(*door.sizes), Keeper.join)
-    except HpcftError as error:
-        if os.environ.get("SLURM_PROCID", "0") == "0":
-            print(f"hpcft: {error.line}", file=sys.stderr)
-        return error.exit_code
+        return reported(partial(_join, RunDirectory(Path(path))))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def _join(rundir: RunDirectory) -> int:
+    task = guest_task()
+    door = asyncio.run(_look(rundir))
+    os.chdir(door.cwd)
+    here = sum(peer.host == task.place.host for peer in door.peers)
+    task = replace(task, number_here=here, ranks_here=here + 1)
+    return keep(parse([*door.argv]), task, Sizes(*door.sizes), Keeper.join)
 
 
 async def _look(rundir: RunDirectory) -> Door:

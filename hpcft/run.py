@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 
 from hpcft.ckpt.near import claimed
 from hpcft.errors import HpcftError
@@ -23,7 +24,7 @@ from hpcft.launch.register import register
 from hpcft.launch.scratch import scratch
 from hpcft.launch.settings import rank_settings
 from hpcft.slurm import srun
-from hpcft.slurm.job import find as find_job
+from hpcft.slurm.job import find_job
 from hpcft.slurm.step import find_step
 from hpcft.telemetry.rundir import RunDirectory
 
@@ -40,17 +41,31 @@ def main(argv: list[str] | None = None) -> int:
         # Slurm sends all steps of the job what is meant for submitit's, which then ends this one.
         for number in (signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)
+    return reported(partial(_run, argv))
+
+
+def reported(life: Callable[[], int]) -> int:
+    """Call ``life``, and say what is wrong if it raises HpcftError.
+
+    Returns
+    -------
+    The exit code that ``life`` gives, or that of the error.
+    """
     try:
-        options = parse(argv)
-        task = find_task()
-        if task is None:
-            return local.launch(options, argv)
-        return _shepherd(options, task, argv)
+        return life()
     except HpcftError as error:
         # Every task comes to the same error; one says so.
         if os.environ.get("SLURM_PROCID", os.environ.get("PMIX_RANK", "0")) == "0":
             print(f"hpcft: {error.line}", file=sys.stderr)
         return error.exit_code
+
+
+def _run(argv: list[str]) -> int:
+    options = parse(argv)
+    task = find_task()
+    if task is None:
+        return local.launch(options, argv)
+    return _shepherd(options, task, argv)
 
 
 def _shepherd(options: RunOptions, task: Task, argv: list[str]) -> int:

@@ -10,7 +10,7 @@ from types import FrameType
 
 from hpcft.cli.runs import RUN, add_run, see
 from hpcft.errors import HpcftError, UsageError
-from hpcft.slurm import jobs as slurm
+from hpcft.slurm import queue as slurm
 from hpcft.watch.runs import Run, find
 
 SUMMARY = "add workers to a training that runs"

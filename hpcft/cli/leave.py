@@ -7,7 +7,8 @@ import asyncio
 
 from hpcft.cli.runs import RUN, add_run
 from hpcft.errors import UsageError
-from hpcft.launch.guest import Door, Guest, visit
+from hpcft.launch.door import Door
+from hpcft.launch.guest import Guest, visit
 from hpcft.telemetry.rundir import RunDirectory
 from hpcft.watch.runs import find
 

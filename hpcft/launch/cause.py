@@ -1,4 +1,4 @@
-"""Why a process ended, in words."""
+"""How and why processes and ranks have ended."""
 
 from __future__ import annotations
 
@@ -46,6 +46,21 @@ class Ending:
 
     code: int
     cause: str
+
+
+@dataclass(frozen=True)
+class Death:
+    """A rank is dead, or will be before it can speak again.
+
+    cause: in words; empty if not known yet.
+    at: when it failed, as far as is known, in seconds since 1970.
+    code: what its exit code was, or would be.
+    """
+
+    rank: int
+    cause: str
+    at: float
+    code: int = 137
 
 
 def ending(status: int, oom: bool, said: str = "") -> Ending:

@@ -26,6 +26,7 @@ from hpcft.launch.place import SRUN_OPTIONS
 from hpcft.launch.scratch import scratch
 from hpcft.launch.settings import rank_settings
 from hpcft.slurm import scontrol, srun
+from hpcft.slurm.command import printed
 from hpcft.slurm.step import Step, find_step
 from hpcft.world.versions import known_problem
 
@@ -267,7 +268,7 @@ def slurm(step: Step | None, environ: Mapping[str, str]) -> Iterator[Finding]:
         return
     if step is None:
         # `srun --mpi=list` asks nothing of the controller.
-        plugins = _output(["srun", "--mpi=list"])
+        plugins = printed("srun", "--mpi=list", complaints=True)
         if re.search(r"^\s*(\S+: )?pmix", plugins, re.MULTILINE):
             yield Finding("Slurm", Level.OK, "srun has PMIx")
         elif "SLURM_JOB_ID" in environ or "plugin" in plugins:
@@ -380,7 +381,7 @@ def _other_node(environ: Mapping[str, str]) -> str | None:
     """Some node of the allocation that is not this one."""
     if _nodes(environ) == 1:
         return None
-    nodes = _output(["scontrol", "show", "hostnames", environ.get("SLURM_JOB_NODELIST", "")])
+    nodes = printed("scontrol", "show", "hostnames", environ.get("SLURM_JOB_NODELIST", ""))
     return next((node for node in nodes.split() if node != host_name()), None)
 
 
@@ -467,22 +468,6 @@ def _short(code: int | None, output: str) -> str:
     lines = [line for line in output.splitlines() if line.strip(" -")]
     ended = "it hung" if code is None else f"exit code {code}"
     return f"{ended}; {' / '.join(lines[-3:])}" if lines else ended
-
-
-def _output(command: list[str]) -> str:
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=20,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout
 
 
 def _read(file: Path) -> str:

@@ -1,22 +1,22 @@
-"""Settling the step at whose end all ranks leave, by the rules in hpcft.world.departure."""
+"""Having all ranks leave at the end of the same step, by the rules in hpcft.world.departure."""
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Set
+
+from hpcft.launch.channel import Message
+from hpcft.launch.company import Company
+from hpcft.launch.crew import Crew
+from hpcft.world.departure import LEAVE, RESIZE
 
 
-class Departure:
-    """What one shepherd knows of it.
+class Settling:
+    """What one shepherd knows of the step that is to be settled.
 
     All shepherds come to the same step, for those of a membership's epoch know its ranks alike.
-
-    Attributes
-    ----------
-    epoch: of the membership this shepherd's rank is in.
     """
 
     def __init__(self) -> None:
-        self.epoch = 0
         #: epoch -> rank -> the step it was at when it was asked
         self._at: dict[int, dict[int, int]] = {}
 
@@ -24,9 +24,63 @@ class Departure:
         """``rank`` has said how far it is."""
         self._at.setdefault(epoch, {}).setdefault(rank, step)
 
-    def until(self, active: Set[int]) -> int | None:
-        """The step to leave at; None as long as not all active ranks have said how far they are."""
-        known = self._at.get(self.epoch, {})
+    def until(self, epoch: int, active: Set[int]) -> int | None:
+        """The step to leave at, in the membership of this epoch.
+
+        Returns
+        -------
+        None as long as not all active ranks have said how far they are.
+        """
+        known = self._at.get(epoch, {})
         if not active <= known.keys():
             return None
         return max(known[rank] for rank in active) + 1
+
+
+class Departures:
+    """A shepherd's part in both: for the run to end, and for it to be resized.
+
+    Parameters
+    ----------
+    company: the shepherds.
+    crew: who trains.
+    tell: sends a message to the shepherd's rank.
+    """
+
+    def __init__(self, company: Company, crew: Crew, tell: Callable[[Message], None]) -> None:
+        self._company = company
+        self._crew = crew
+        self._tell = tell
+        self._settlings = {purpose: Settling() for purpose in (LEAVE, RESIZE)}
+
+    def ask(self, purpose: str) -> None:
+        """All are to leave: have the rank say how far it is, if it trains."""
+        if self._company.rank in self._crew.active:
+            fact = self._company.said(purpose)[0]
+            durable = bool(fact.get("durable"))
+            reason = fact["reason"]
+            message = {"kind": "leave", "purpose": purpose, "reason": reason, "durable": durable}
+            self._tell(message)
+
+    def answered(self, purpose: str, epoch: int, step: int) -> None:
+        """The rank says how far it is: let everybody know."""
+        detail = {"purpose": purpose, "epoch": epoch, "step": step}
+        self._company.announce(f"at {purpose} {epoch}", self._company.rank, **detail)
+
+    def heard(self, fact: Message) -> None:
+        """Some rank's shepherd has let everybody know how far its rank is."""
+        self._settlings[fact["purpose"]].at(fact["epoch"], fact["rank"], fact["step"])
+        self._settle(fact["purpose"])
+
+    def renew(self) -> None:
+        """Others train now, and settle a step of their own."""
+        for purpose in self._settlings:
+            if self._company.known(purpose):
+                self.ask(purpose)
+                self._settle(purpose)
+
+    def _settle(self, purpose: str) -> None:
+        epoch = self._crew.epoch
+        step = self._settlings[purpose].until(epoch, self._crew.active)
+        if step is not None:
+            self._tell({"kind": "until", "purpose": purpose, "epoch": epoch, "step": step})

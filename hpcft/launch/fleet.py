@@ -47,8 +47,9 @@ import os
 import socket
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
+from hpcft.launch.cause import Death
 from hpcft.launch.channel import (
     LINE_LIMIT,
     Connection,
@@ -59,21 +60,6 @@ from hpcft.launch.channel import (
 )
 from hpcft.launch.company import GUESTS, Company, Peer
 from hpcft.launch.quorum import Quorum
-
-
-@dataclass(frozen=True)
-class Death:
-    """A rank is dead, or will be before it can speak again.
-
-    cause: in words; empty if not known yet.
-    at: when it failed, as far as is known, in seconds since 1970.
-    code: what its exit code was, or would be.
-    """
-
-    rank: int
-    cause: str
-    at: float
-    code: int = 137
 
 
 class Listener:
@@ -116,7 +102,7 @@ class Fleet(Company):
     timeout: seconds of silence after which a node is declared dead.
     on_fact: called with every fact that is new, own ones included.
     on_hold: called with True when this node's ranks must not run now, False when they may again.
-    on_fenced: called when this node was declared dead by the others.
+    on_fenced: called once, when the others go on without this node.
     """
 
     def __init__(
@@ -151,6 +137,11 @@ class Fleet(Company):
     def _alone(self) -> bool:
         """Whether this node is the only one."""
         return len(self._nodes) == 1
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this shepherd does what one is to do for all."""
+        return self.rank == min(self.standing() - self.retiring(), default=-1)
 
     def _expected(self) -> set[int]:
         """The ranks whose shepherds this one is connected to."""
@@ -260,8 +251,9 @@ class Fleet(Company):
         await asyncio.gather(*(c.close() for c in self._connections.values()))
 
     def _fence(self, reason: str) -> None:
-        self.fenced = True
-        self._on_fenced(reason)
+        first, self.fenced = not self.fenced, True
+        if first:
+            self._on_fenced(reason)
 
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

@@ -1,8 +1,8 @@
 """Coming to a run from outside: by its door, as a guest of its shepherds.
 
-The run directory has a file that only its user can read, with where the shepherds of the present
-launch listen and their secret. Who knows it connects to any one of them, takes part in the facts
-(:mod:`hpcft.launch.fleet`), and may so become a rank of the next launch, or have others leave.
+Who knows the door (:mod:`hpcft.launch.door`) connects to any one of the shepherds, takes part in
+the facts (:mod:`hpcft.launch.fleet`), and may so become a rank of the next launch, or have others
+leave.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
 
 from hpcft.errors import HpcftError
 from hpcft.launch.channel import Connection, Message, connect
-from hpcft.launch.company import GUESTS, Company, Peer
+from hpcft.launch.company import GUESTS, Company
+from hpcft.launch.door import Door
 from hpcft.telemetry.rundir import RunDirectory
 
 #: Seconds in which a shepherd has to answer.
@@ -26,51 +25,11 @@ _ANSWER_TIME = 3.0
 _DOOR_TIME = 30.0
 
 
-@dataclass(frozen=True)
-class Door:
-    """How to get into a run.
-
-    launch: which one the shepherds look after, from 1.
-    secret: theirs, in hexadecimal digits.
-    peers: where they are.
-    argv, cwd: the run's command line, and where it was given.
-    modules: what a script like this imports.
-    sizes: how many ranks train at first, ever, and are parked.
-    min_ranks: with how many it goes on.
-    closed: why it takes no guests, with a remedy; empty if it does.
-    """
-
-    launch: int
-    secret: str
-    peers: tuple[Peer, ...]
-    argv: tuple[str, ...]
-    cwd: str
-    modules: tuple[str, ...]
-    sizes: tuple[int, int, int]
-    min_ranks: int
-    closed: str
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def of(cls, content: dict[str, Any]) -> Door:
-        peers = tuple(Peer(**peer) for peer in content["peers"])
-        lists = {name: tuple(content[name]) for name in ("argv", "modules", "sizes")}
-        return cls(**{**content, **lists, "peers": peers})
-
-
 class Guest(Company):
-    """This process as a guest.
-
-    Parameters
-    ----------
-    launch: that the shepherds look after.
-    """
+    """This process as a guest."""
 
     def __init__(self, connection: Connection, number: int, door: Door) -> None:
         super().__init__(number, list(door.peers), _nothing)
-        self.launch = door.launch
         self._connection = connection
         self._reading = asyncio.ensure_future(self._read())
 

@@ -20,12 +20,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import overload
 
 from hpcft.errors import HpcftError
 from hpcft.launch.child import adopt_orphans
 from hpcft.launch.company import Company
-from hpcft.launch.guest import visit
+from hpcft.launch.guest import Guest, visit
 from hpcft.launch.muster import GivenUp, Launched, LeftOut, Muster
 from hpcft.launch.options import RunOptions, Sizes
 from hpcft.launch.place import Task
@@ -74,6 +73,10 @@ class Keeper:
         self._times: list[float] = []
         #: The step to which any rank had come, and how many launches have not come further.
         self._furthest, self._vain = 0, 0
+        #: What lends the rank its place in MPI, and what has started that, in all launches but the
+        #: first.
+        self._ticket: socket.socket | None = None
+        self._launcher: subprocess.Popen[bytes] | None = None
 
     async def run(self) -> int:
         """Look after the task's rank until the run is over.
@@ -90,11 +93,9 @@ class Keeper:
             # A former run's. Who has launched us has seen to it, and may do so again in this run.
             log.unlink(missing_ok=True)
         with self._warmed(environ, log):
-            sizes = self._sizes
-            shepherd = Shepherd(
-                self._options, self._task, place, environ, sizes.initial, sizes, self._warm
-            )
-            return await self._launches(1, shepherd)
+            shepherd = Shepherd(self._options, self._task, place, environ, self._sizes, self._warm)
+            await shepherd.run()
+            return await self._follow(1, shepherd)
 
     async def join(self) -> int:
         """Have a rank of this task's be of the run's next launch, and so on.
@@ -114,7 +115,7 @@ class Keeper:
                 self._warm.learn(door.modules)
                 await self._warm.ready()
                 guest.announce("guest", guest.rank, host=self._task.place.host)
-                code = await self._launches(guest.launch, None, guest)
+                code = await self._enter(door.launch, guest)
                 if code is not None:
                     return code
                 # The launch it was a guest of has ended; there may be another.
@@ -135,85 +136,122 @@ class Keeper:
             self._warm.kill()
             self._warm.flush()
 
-    @overload
-    async def _launches(self, number: int, shepherd: Shepherd) -> int: ...
-
-    @overload
-    async def _launches(self, number: int, shepherd: None, company: Company) -> int | None: ...
-
-    async def _launches(
-        self, number: int, shepherd: Shepherd | None, company: Company | None = None
-    ) -> int | None:
-        """One launch after the other.
-
-        Parameters
-        ----------
-        shepherd: for the first, which is ``number``; without, the one after that is the first.
-        company: of a guest.
+    async def _enter(self, number: int, guest: Guest) -> int | None:
+        """Come to a launch after launch ``number`` as a guest, and go on as one of its ranks.
 
         Returns
         -------
-        The exit code of the run; None if a guest has not come to a launch.
+        The exit code of the run; None if this guest has not come to a launch.
         """
-        #: The last of those whose ranks have met.
-        last: Shepherd | None = None
-        #: How often the next was tried since.
-        tries = 0
-        code = 0
-        ticket: socket.socket | None = None
-        launcher: subprocess.Popen[bytes] | None = None
+        with_guests = True
         try:
             while True:
-                if shepherd:
-                    code = await shepherd.run()
-                    if shepherd.fleet:
-                        last, company, tries = shepherd, shepherd.fleet, 0
-                    if not shepherd.again:
-                        if last is None:
-                            return code
-                        return await last.conclude(
-                            None if shepherd is last else (code, shepherd.why())
-                        )
-                await _let_go(ticket, launcher)
-                ticket = launcher = None
                 number += 1
-                assert company is not None
-                resized = last is not None and last.resizes and tries < _TRIES
-                shepherd = None
-                muster = Muster(
-                    number,
-                    self._task,
-                    company,
-                    last.step if last else -1,
-                    self._sizes.share,
-                    partial(self._decide, last, resized),
-                    self._folder,
-                    with_guests=tries == 0,
-                )
-                tries += 1
                 try:
-                    launched = await muster.run()
+                    shepherd = await self._next(number, guest, None, False, with_guests)
                 except GivenUp as error:
-                    if last is None:
-                        return await self._turned_away(company, error)
-                    return await last.conclude((error.code, str(error)))
-                except (OSError, ValueError, asyncio.TimeoutError) as error:
-                    if self._options.verbose >= 2:
-                        rank = self._task.place.rank
-                        print(f"hpcft: rank {rank}: {error}", file=sys.stderr, flush=True)
-                    if last is None and company.gone:
+                    return await self._turned_away(guest, error)
+                with_guests = False
+                if shepherd is None:
+                    if guest.gone:
                         return None
                     continue
-                finally:
-                    launcher = muster.launcher
-                    if not resized:
-                        self._times.append(time.monotonic())
-                        self._vain = 0 if muster.furthest > self._furthest else self._vain + 1
-                        self._furthest = max(self._furthest, muster.furthest)
-                ticket = launched.ticket
-                shepherd = self._shepherd(number, launched, company, last)
+                code = await shepherd.run()
+                if shepherd.fleet:
+                    return await self._follow(number, shepherd)
+                if not shepherd.again:
+                    return code
         finally:
-            await _let_go(ticket, launcher)
+            await self._let_go()
+
+    async def _follow(self, number: int, last: Shepherd) -> int:
+        """After launch ``number``, look after its rank in the launches to come, if there are any.
+
+        Parameters
+        ----------
+        last: the shepherd of that launch, whose ranks have met, and which is over.
+
+        Returns
+        -------
+        The exit code of the run.
+        """
+        given_up: tuple[int, str] | None = None
+        again = last.again
+        #: How often the next was tried since the last whose ranks have met.
+        tries = 0
+        try:
+            while again:
+                number += 1
+                resized = last.outcome.resizes and tries < _TRIES
+                assert last.fleet is not None
+                try:
+                    shepherd = await self._next(number, last.fleet, last, resized, tries == 0)
+                except GivenUp as error:
+                    given_up = error.code, str(error)
+                    break
+                tries += 1
+                if shepherd is None:
+                    continue
+                code = await shepherd.run()
+                again = shepherd.again
+                if shepherd.fleet:
+                    last, tries = shepherd, 0
+                elif not again:
+                    given_up = code, shepherd.outcome.why()
+            return await last.conclude(given_up)
+        finally:
+            await self._let_go()
+
+    async def _next(
+        self,
+        number: int,
+        company: Company,
+        last: Shepherd | None,
+        resized: bool,
+        with_guests: bool,
+    ) -> Shepherd | None:
+        """Come to launch ``number`` with the others.
+
+        Parameters
+        ----------
+        company: who they are.
+        last: the shepherd of the last launch whose ranks have met; None for a guest.
+        resized: that launch has ended for nothing else.
+        with_guests: whether these are to be of it.
+
+        Returns
+        -------
+        The shepherd for it; None if it has come to nothing.
+
+        Raises
+        ------
+        GivenUp: there is none.
+        """
+        await self._let_go()
+        muster = Muster(
+            number,
+            self._task,
+            company,
+            last.step if last else -1,
+            partial(self._decide, last, resized),
+            self._folder,
+            with_guests,
+        )
+        try:
+            launched = await muster.run()
+        except (OSError, ValueError, asyncio.TimeoutError) as error:
+            if self._options.verbose >= 2:
+                rank = self._task.place.rank
+                print(f"hpcft: rank {rank}: {error}", file=sys.stderr, flush=True)
+            return None
+        finally:
+            self._launcher = muster.launcher
+            if not resized:
+                self._times.append(time.monotonic())
+                self._vain = 0 if muster.furthest > self._furthest else self._vain + 1
+                self._furthest = max(self._furthest, muster.furthest)
+        self._ticket = launched.ticket
+        return self._shepherd(number, launched, company, last)
 
     def _shepherd(
         self, number: int, launched: Launched, company: Company, last: Shepherd | None
@@ -227,7 +265,6 @@ class Keeper:
             self._task,
             replace(self._task.place, rank=launched.rank, size=launched.size),
             {**launched.environ, **self._settings, **here},
-            launched.active,
             self._sizes,
             self._warm,
             number,
@@ -262,7 +299,8 @@ class Keeper:
         if resized:
             last.note_resize(step, hosts)
             return
-        why, code, most = last.why(), last.code, self._options.max_relaunch
+        outcome, most = last.outcome, self._options.max_relaunch
+        why, code, raised = outcome.why(), outcome.code, outcome.raised()
         now = time.monotonic()
         lately = sum(now - at < _BUDGET_TIME for at in self._times)
         if lately >= most:
@@ -275,7 +313,6 @@ class Keeper:
                 f"{self._options.min_ranks} (--min-ranks)",
             )
         vain = self._vain + 1 if step <= self._furthest else 0
-        raised = last.raised()
         if vain > _VAIN or (vain and raised is not None):
             if raised is not None and self._options.verbose:
                 print(self._rundir.last_traceback(raised), file=sys.stderr, flush=True)
@@ -289,15 +326,16 @@ class Keeper:
                 flush=True,
             )
 
-
-async def _let_go(ticket: socket.socket | None, launcher: subprocess.Popen[bytes] | None) -> None:
-    """Give back a place in MPI, and end what has lent it."""
-    if ticket:
-        ticket.close()
-    if launcher:
-        # Its tasks end when all have been given back.
-        deadline = time.monotonic() + _LAUNCHER_TIME
-        while launcher.poll() is None and time.monotonic() < deadline:
-            await asyncio.sleep(0.01)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(launcher.pid, signal.SIGTERM)
+    async def _let_go(self) -> None:
+        """Give back a place in MPI, and end what has lent it."""
+        ticket, launcher = self._ticket, self._launcher
+        self._ticket = self._launcher = None
+        if ticket:
+            ticket.close()
+        if launcher:
+            # Its tasks end when all have been given back.
+            deadline = time.monotonic() + _LAUNCHER_TIME
+            while launcher.poll() is None and time.monotonic() < deadline:
+                await asyncio.sleep(0.01)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGTERM)

@@ -47,7 +47,6 @@ class Launched:
 
     rank, size: of its rank there.
     number_here, ranks_here: its number among those on its node, and how many there are.
-    active: how many train.
     environ: the rank's environment.
     ticket: the connection to the task that lends the place; closed, it is given back.
     """
@@ -56,7 +55,6 @@ class Launched:
     size: int
     number_here: int
     ranks_here: int
-    active: int
     environ: dict[str, str]
     ticket: socket.socket
 
@@ -87,7 +85,6 @@ class Muster:
     ----------
     company: the shepherds of the last world that was, and guests.
     step: how far this shepherd's rank had come.
-    share: how many of so many ranks are to train.
     decide: called in the lowest shepherd with the step that the furthest rank had come to, and
         where the shepherds are that are left, by rank; raises GivenUp.
     folder: for mpiexec's own files.
@@ -100,7 +97,6 @@ class Muster:
         task: Task,
         company: Company,
         step: int,
-        share: Callable[[int], int],
         decide: Callable[[int, dict[int, str]], None],
         folder: Path,
         with_guests: bool,
@@ -110,7 +106,6 @@ class Muster:
         self._task = task
         self._company = company
         self._step = step
-        self._share = share
         self._decide = decide
         self._folder = folder
         self._news = asyncio.Event()
@@ -250,7 +245,6 @@ class Muster:
             len(members),
             here.index(me),
             len(here),
-            self._share(len(members)),
             environ,
             connection,
         )

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hpcft.slurm import scontrol
+from hpcft.slurm.command import printed
 from hpcft.slurm.scontrol import fields, seconds
-
-_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Partition:
 
 def partitions() -> list[Partition]:
     """All of them; none where there is no Slurm."""
-    nodes = _print("sinfo", "-h", "-e", "-o", "%R|%D|%c|%G")
+    nodes = printed("sinfo", "-h", "-e", "-o", "%R|%D|%c|%G")
     return read_partitions(scontrol.ask("--oneliner", "show", "partition"), nodes)
 
 
@@ -77,7 +75,7 @@ def _gpus(gres: str) -> int:
 
 def pmix() -> str | None:
     """What ``srun --mpi`` calls PMIx here; None if it has none."""
-    return choose_pmix(_print("srun", "--mpi=list"))
+    return choose_pmix(printed("srun", "--mpi=list"))
 
 
 def choose_pmix(listed: str) -> str | None:
@@ -85,23 +83,6 @@ def choose_pmix(listed: str) -> str | None:
     names = re.findall(r"\bpmix(?:_v\d+)?\b", listed)
     # Without a version it is the one that the site has chosen.
     return "pmix" if "pmix" in names else max(names, default=None)
-
-
-def _print(*command: str) -> str:
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            # Some versions of srun list there.
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=_SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
 
 
 def choose(name: str | None, there: Sequence[Partition]) -> Partition | None:

@@ -59,8 +59,49 @@ class Job:
             return "the job is not to be requeued; submit it with sbatch --requeue"
         return ""
 
+    def graces(self) -> list[Grace]:
+        """The ends that Slurm may make of the job, and the time it leaves for each."""
+        script = scontrol.ask("write", "batch_script", self.number, "-") if self.batch else ""
+        partition = fields(
+            scontrol.ask("--oneliner", "show", "partition", self.partition).partition("\n")[0]
+        )
+        return read_graces(script, partition, scontrol.configuration())
 
-def find(number: str) -> Job | None:
+    def requeue(self) -> None:
+        """Have Slurm end the job and start it again; by its own user.
+
+        Raises
+        ------
+        Refused: that is not to be.
+        """
+        scontrol.tell("requeue", self.number)
+
+    def exclude(self, hosts: list[str]) -> None:
+        """Have the job, which waits, not run on these nodes, besides where it does not run anyway.
+
+        Raises
+        ------
+        Refused: that is not to be.
+        """
+        shown = scontrol.ask("--oneliner", "show", "job", self.number)
+        before = fields(shown.partition("\n")[0]).get("ExcNodeList", "(null)")
+        names = [name for name in (before, *sorted(hosts)) if name and name != "(null)"]
+        scontrol.tell("update", f"JobId={self.number}", f"ExcNodeList={','.join(names)}")
+
+    def note(self, text: str) -> None:
+        """Write a line about the job into its record, for ``sacct`` and ``scontrol show job``.
+
+        What somebody else has written there is left alone.
+
+        Raises
+        ------
+        Refused: that is not to be.
+        """
+        if not self.comment or self.comment.startswith(_MARK):
+            scontrol.tell("update", f"JobId={self.number}", f"Comment={_MARK}{text}")
+
+
+def find_job(number: str) -> Job | None:
     """The job of this number; None if the controller does not say."""
     return parse(number, scontrol.ask("--oneliner", "show", "job", number))
 
@@ -86,17 +127,8 @@ def parse(number: str, records: str) -> Job | None:
     )
 
 
-def graces(job: Job) -> list[Grace]:
-    """The ends that Slurm may make of the job, and the time it leaves for each."""
-    script = scontrol.ask("write", "batch_script", job.number, "-") if job.batch else ""
-    partition = fields(
-        scontrol.ask("--oneliner", "show", "partition", job.partition).partition("\n")[0]
-    )
-    return read_graces(script, partition, scontrol.configuration())
-
-
 def read_graces(script: str, partition: dict[str, str], config: dict[str, str]) -> list[Grace]:
-    """The same, of a batch script and what ``scontrol show partition`` and ``config`` print.
+    """These ends, of a batch script and what ``scontrol show partition`` and ``config`` print.
 
     What ``--signal`` a job was submitted with the controller tells only in the script.
     """
@@ -118,39 +150,3 @@ def read_graces(script: str, partition: dict[str, str], config: dict[str, str]) 
             Grace(grace + kill, "preemption", "save more often (--ckpt-every, --ckpt-near)")
         )
     return limits
-
-
-def requeue(job: str) -> None:
-    """Have Slurm end the job and start it again; by its own user.
-
-    Raises
-    ------
-    Refused: that is not to be.
-    """
-    scontrol.tell("requeue", job)
-
-
-def exclude(job: str, hosts: list[str]) -> None:
-    """Have the job, which waits, not run on these nodes, besides those it does not run on anyway.
-
-    Raises
-    ------
-    Refused: that is not to be.
-    """
-    known = fields(scontrol.ask("--oneliner", "show", "job", job).partition("\n")[0])
-    before = known.get("ExcNodeList", "(null)")
-    names = [name for name in (before, *sorted(hosts)) if name and name != "(null)"]
-    scontrol.tell("update", f"JobId={job}", f"ExcNodeList={','.join(names)}")
-
-
-def comment(job: Job, text: str) -> None:
-    """Write a line about the job into its record, for ``sacct`` and ``scontrol show job``.
-
-    What somebody else has written there is left alone.
-
-    Raises
-    ------
-    Refused: that is not to be.
-    """
-    if not job.comment or job.comment.startswith(_MARK):
-        scontrol.tell("update", f"JobId={job.number}", f"Comment={_MARK}{text}")

@@ -6,8 +6,7 @@ import contextlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from hpcft.slurm import job as jobs
-from hpcft.slurm.job import Job
+from hpcft.slurm.job import Job, find_job
 from hpcft.slurm.scontrol import Refused
 from hpcft.telemetry.events import Event
 
@@ -42,7 +41,7 @@ class Budget:
 
 def conclude(number: str, restarts: int, events: Sequence[Event], how: str) -> None:
     """Note in the job's record how its last run has ended."""
-    _note(jobs.find(number), f"step {_step(events)}, restart {restarts}, {how}")
+    _note(find_job(number), f"step {_step(events)}, restart {restarts}, {how}")
 
 
 def requeue(
@@ -60,7 +59,7 @@ def requeue(
     -------
     The event ``requeue``, and what is to be said of it.
     """
-    job = jobs.find(number)
+    job = find_job(number)
     why = budget.objection(events) or _requeue(job, budget.restarts)
     text = f"not requeued: {why}" if why else "requeued"
     excluded: list[str] = []
@@ -68,7 +67,7 @@ def requeue(
         # It cannot start before this process, which belongs to it, has ended.
         names = ",".join(sorted(bad))
         try:
-            jobs.exclude(job.number, sorted(bad))
+            job.exclude(sorted(bad))
             text += f" without {names}"
             excluded = sorted(bad)
         except Refused as error:
@@ -91,7 +90,7 @@ def _requeue(job: Job | None, restarts: int) -> str:
     if job.state != "RUNNING" and job.reason != "TimeLimit":
         return f"somebody has ended it ({job.state})"
     try:
-        jobs.requeue(job.number)
+        job.requeue()
     except Refused as error:
         return f"Slurm says: {error}"
     return ""
@@ -105,4 +104,4 @@ def _note(job: Job | None, text: str) -> None:
     # It is good to have; the summary has the same.
     with contextlib.suppress(Refused):
         if job:
-            jobs.comment(job, text)
+            job.note(text)

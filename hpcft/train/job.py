@@ -304,9 +304,8 @@ class Job:
         if self._checkpoints:
             self._checkpoints.edge(state, metrics)
         if link := self._world.link:
-            for departure in (link.departure, link.resize):
-                if departure.asked:
-                    self._leave_or_go_on(state, departure)
+            for departure in link.departures.asked():
+                self._leave_or_go_on(state, departure)
         self._begin_step(state)
 
     def _leave_or_go_on(self, state: State, departure: Departure) -> None:
@@ -344,16 +343,14 @@ class Job:
         link = self._world.link
         if self.spare:
             assert link is not None
-            link.departure.wait()
-            link.resize.wait()
+            link.departures.wait()
             return Outcome.OVER if self._world.park() else Outcome.AGREED
         try:
             if self._world.membership.epoch == self._epoch:
                 self._start(state)
             self._world.progress.step(state.step)
             if link:
-                link.departure.begin(self._world.membership.epoch)
-                link.resize.begin(self._world.membership.epoch)
+                link.departures.begin(self._world.membership.epoch)
             while not self._trained(train, state):
                 pass
         except StepInterrupted:
@@ -385,11 +382,12 @@ class Job:
         if self._leaving:
             link = self._world.link
             assert link is not None
-            ends = self._checkpoints.any_rank(link.departure.asked)
+            ends = self._checkpoints.any_rank(link.departures.end.asked)
             self._resizing = not ends
-            if self._resizing and not self._checkpoints.hand_over(state, link.resize.durable):
+            resize = link.departures.resize
+            if self._resizing and not self._checkpoints.hand_over(state, resize.durable):
                 self._leaving = self._resizing = False
-                link.resize.forget()
+                resize.forget()
                 self._begin_step(state)
                 return False
         if not self._resizing:
@@ -481,7 +479,7 @@ class Job:
             self._left = True
         self._world.progress.run(False)
         if self._world.link:
-            self._world.link.departure.pause()
+            self._world.link.departures.pause()
         # Its traceback holds the frames it has come through, and these the model.
         self.group.failure = None
 
@@ -592,8 +590,7 @@ class Job:
     def _finish(self, state: State) -> None:
         link = self._world.link
         if link:
-            link.departure.wait()
-            link.resize.wait()
+            link.departures.wait()
         self._world.progress.run(False)
         if self._checkpoints and self._world.logical == 0:
             self._checkpoints.close()
@@ -607,7 +604,8 @@ class Job:
         if self._leaving:
             assert link is not None
             assert self._checkpoints is not None
-            self._teller.interrupted(state.step, link.departure.reason, self._checkpoints.newest)
+            reason = link.departures.end.reason
+            self._teller.interrupted(state.step, reason, self._checkpoints.newest)
             raise SystemExit(INTERRUPTED)
         # Of shards nobody has all bytes.
         wanted = self._options["digest"] and not state.sharded() and self._world.logical == 0

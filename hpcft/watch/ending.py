@@ -6,7 +6,7 @@ import os
 import signal
 
 from hpcft.errors import HpcftError
-from hpcft.slurm import jobs as slurm
+from hpcft.slurm import queue as slurm
 from hpcft.watch.runs import Run
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpcft.errors import UsageError
-from hpcft.slurm import jobs as slurm
+from hpcft.slurm import queue as slurm
 from hpcft.telemetry import registry
 from hpcft.telemetry.registry import Entry
 from hpcft.telemetry.rundir import RunDirectory

@@ -18,10 +18,14 @@ leads to a new membership, which settles a step of its own.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from hpcft.world.progress import Progress
 
+#: What all are to leave for: the end of the run, or a launch with more ranks or fewer. The facts by
+#: which the shepherds let each other know are called so, too.
+LEAVE, RESIZE = "leave", "resize"
 #: Seconds between two looks at whether something has failed.
 _LOOK = 0.01
 
@@ -105,3 +109,46 @@ class Departure:
     def _answer(self) -> None:
         epoch = self._epoch
         self._send(*((epoch, self._progress.completed) if epoch is not None else (0, -1)))
+
+
+class Departures:
+    """One rank's part in both.
+
+    Parameters
+    ----------
+    progress: has the step this rank has completed.
+    send: as :class:`Departure` takes it, but that what is left for comes first.
+
+    Attributes
+    ----------
+    end: for the end of the run.
+    resize: for a launch with more ranks or fewer.
+    """
+
+    def __init__(self, progress: Progress, send: Callable[[str, int, int], None]) -> None:
+        self.end = Departure(progress, partial(send, LEAVE))
+        self.resize = Departure(progress, partial(send, RESIZE))
+        self._by_purpose = {LEAVE: self.end, RESIZE: self.resize}
+
+    def of(self, purpose: str) -> Departure:
+        """The one for this purpose."""
+        return self._by_purpose[purpose]
+
+    def asked(self) -> Iterator[Departure]:
+        """Those that all were asked for, the end of the run first."""
+        return (departure for departure in (self.end, self.resize) if departure.asked)
+
+    def begin(self, epoch: int) -> None:
+        """This rank trains, in a membership of this epoch."""
+        for departure in self._by_purpose.values():
+            departure.begin(epoch)
+
+    def wait(self) -> None:
+        """This rank does not train, but may later: there is nothing to ask it now."""
+        for departure in self._by_purpose.values():
+            departure.wait()
+
+    def pause(self) -> None:
+        """This rank is setting up, and has nothing to save."""
+        for departure in self._by_purpose.values():
+            departure.pause()

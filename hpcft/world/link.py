@@ -14,10 +14,9 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-from hpcft.world.departure import Departure
+from hpcft.world.departure import Departures
 from hpcft.world.progress import Progress
 
 #: Environment variables by which the shepherd hands its rank the two descriptors.
@@ -50,8 +49,7 @@ class Link:
 
     ``news`` is set whenever a failure has become known; who waits on it clears it. ``copied`` has
     the names of the checkpoints of which the shepherd has made copies on another node, with why it
-    could not, if so. ``departure`` knows whether the run is to end, ``resize`` whether all are to
-    leave and others to be launched with them.
+    could not, if so. ``departures`` knows whether all are to leave.
     """
 
     def __init__(self, sock: socket.socket, progress: Progress) -> None:
@@ -62,9 +60,7 @@ class Link:
         self.news = threading.Event()
         self.failures: dict[int, Failure] = {}
         self.copied: dict[str, str] = {}
-        self.departure, self.resize = (
-            Departure(progress, partial(self._at, purpose)) for purpose in ("leave", "resize")
-        )
+        self.departures = Departures(progress, self._at)
 
     @classmethod
     def inherited(cls) -> Link | None:
@@ -85,9 +81,6 @@ class Link:
 
     def _at(self, purpose: str, epoch: int, step: int) -> None:
         self.send("at", purpose=purpose, epoch=epoch, step=step)
-
-    def _departure(self, purpose: str) -> Departure:
-        return self.resize if purpose == "resize" else self.departure
 
     def receive(self) -> dict[str, Any]:
         """The shepherd's next message; only before :meth:`listen`.
@@ -128,11 +121,11 @@ class Link:
                     self.copied[message["checkpoint"]] = message["why"]
                     continue
                 if message["kind"] == "leave":
-                    departure = self._departure(message["purpose"])
+                    departure = self.departures.of(message["purpose"])
                     departure.ask(message["reason"], message["durable"])
                     continue
                 if message["kind"] == "until":
-                    departure = self._departure(message["purpose"])
+                    departure = self.departures.of(message["purpose"])
                     departure.settled(message["epoch"], message["step"])
                     continue
                 rank, cause = message["rank"], message["cause"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hpcft.launch.channel import Connection, Message
 from hpcft.launch.company import GUESTS, Company, Peer
-from hpcft.launch.guest import Door
+from hpcft.launch.door import Door
 
 
 class Silent(Company):

@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcft.launch.departure import Departure as Settling
+from hpcft.launch.channel import Connection, Message
+from hpcft.launch.company import Company, Peer
+from hpcft.launch.crew import Crew
+from hpcft.launch.departure import Departures, Settling
 from hpcft.world.departure import Departure
 from hpcft.world.progress import Progress
 
@@ -63,7 +66,7 @@ def test_no_order_of_events_has_ranks_leave_at_different_steps(size: int, seed: 
                 messages += [(other, "at", (to, step)) for other in range(size)]
             elif what == "at":
                 shepherds[to].at(0, sender, value)
-                until = shepherds[to].until(set(range(size)))
+                until = shepherds[to].until(0, set(range(size)))
                 if until is not None:
                     messages.append((to, "until", (0, until)))
             else:
@@ -106,9 +109,8 @@ def test_only_those_of_this_membership_count() -> None:
     settling.at(0, 0, 100)
     settling.at(1, 0, 7)
     settling.at(1, 2, 8)
-    settling.epoch = 1
-    assert settling.until({0, 1, 2}) is None
-    assert settling.until({0, 2}) == 9
+    assert settling.until(1, {0, 1, 2}) is None
+    assert settling.until(1, {0, 2}) == 9
 
 
 @pytest.mark.parametrize("later", [7, 9])
@@ -116,4 +118,38 @@ def test_the_first_answer_counts(later: int) -> None:
     settling = Settling()
     settling.at(0, 0, 8)
     settling.at(0, 0, later)
-    assert settling.until({0}) == 9
+    assert settling.until(0, {0}) == 9
+
+
+class Pair(Company):
+    """Two shepherds, of which this is the first; facts come to it by :meth:`announce`."""
+
+    def __init__(self) -> None:
+        peers = [Peer(rank, "a", "a", "", 0, 0, "") for rank in range(2)]
+        super().__init__(0, peers, lambda fact: None)
+
+    def _learn(self, fact: Message, origin: Connection | None) -> None:
+        if self._note(fact):
+            self.on_fact(fact)
+
+
+def test_a_shepherd_asks_its_rank_when_it_trains_and_again_in_a_new_membership() -> None:
+    pair, crew = Pair(), Crew({1})
+    told: list[Message] = []
+    departures = Departures(pair, crew, told.append)
+    pair.on_fact = lambda fact: departures.heard(fact) if "purpose" in fact else None
+    departures.renew()
+    pair.announce("resize", 0, reason="b joins", durable=True)
+    departures.ask("resize")
+    # A spare is not asked, but hears how far to go.
+    assert told == []
+    pair.announce("at resize 0", 1, purpose="resize", epoch=0, step=6)
+    until = {"kind": "until", "purpose": "resize", "epoch": 0, "step": 7}
+    assert told == [until]
+    crew.active, crew.epoch = {0, 1}, 1
+    departures.renew()
+    asked = {"kind": "leave", "purpose": "resize", "reason": "b joins", "durable": True}
+    assert told == [until, asked]
+    pair.announce("at resize 1", 1, purpose="resize", epoch=1, step=8)
+    departures.answered("resize", 1, 9)
+    assert told[2:] == [{"kind": "until", "purpose": "resize", "epoch": 1, "step": 10}]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from hpcft.launch.fleet import Death, Fleet, Listener
+from hpcft.launch.cause import Death
+from hpcft.launch.fleet import Fleet, Listener
 
 SECRET = b"secret"
 

@@ -1,4 +1,4 @@
-"""Jobs and steps from outside: which of them run, and how to end them."""
+"""Jobs and steps as Slurm's queue has them: which of them run, and how to end them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,107 @@
+"""Having other nodes keep copies, or parity, of what a rank has saved near it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from hpcft.ckpt.near import Tier
+from hpcft.ckpt.store import STATE
+from hpcft.launch.channel import Message
+from hpcft.launch.company import Peer
+from hpcft.launch.courier import Address, Courier
+from hpcft.launch.crew import Crew
+from hpcft.launch.fleet import Fleet
+
+#: Seconds between two looks at whether the node that is sent copies is still there.
+_LOOK = 0.5
+
+
+class Copies:
+    """Of one rank's checkpoints.
+
+    Parameters
+    ----------
+    courier: carries them.
+    fleet: the shepherds, which keep them.
+    crew: who trains.
+    tiers: in which they may be saved near the rank.
+    tell: sends a message to the rank.
+    """
+
+    def __init__(
+        self,
+        courier: Courier,
+        fleet: Fleet,
+        crew: Crew,
+        tiers: Sequence[Tier],
+        tell: Callable[[Message], None],
+    ) -> None:
+        self._courier = courier
+        self._fleet = fleet
+        self._crew = crew
+        self._tiers = tiers
+        self._tell = tell
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def make(self, number: int, checkpoint: str, files: list[str]) -> None:
+        """The rank has written its part of a checkpoint in a tier; answers it when that is copied.
+
+        Parameters
+        ----------
+        number: of the tier.
+        files: their names.
+        """
+        # The link must be heard meanwhile.
+        task = asyncio.ensure_future(self._make(number, checkpoint, files))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def cancel(self) -> None:
+        """Make none any more."""
+        for task in self._tasks:
+            task.cancel()
+
+    async def _make(self, number: int, checkpoint: str, files: list[str]) -> None:
+        tier, why = self._tiers[number], ""
+        active = self._crew.active
+        partner = self._fleet.partner(active) if tier.copies != "none" else None
+        members = self._fleet.parity_set(active, tier.set_size) if tier.copies == "xor" else []
+        try:
+            if len(members) > 1:
+                own = [name for name in files if name != STATE]
+                addresses = [_address(member) for member in members]
+                sending = self._courier.send_parity(
+                    addresses, number, checkpoint, own[0] if own else ""
+                )
+                await self._unless_lost(sending, {member.rank for member in members})
+                # What says where everything is is small, and everybody's.
+                files = [name for name in files if name == STATE]
+            if partner and files:
+                sending = self._courier.send(_address(partner), number, checkpoint, files)
+                await self._unless_lost(sending, {partner.rank})
+        except Exception as error:
+            # Whatever it is: the rank waits for the answer.
+            why = f"no copies on other nodes: {error or type(error).__name__}"
+        self._tell({"kind": "copied", "checkpoint": checkpoint, "why": why})
+
+    async def _unless_lost(self, sending: Coroutine[Any, Any, None], to: set[int]) -> None:
+        """Send, unless one of those it goes to is lost, which TCP would find out after minutes.
+
+        Raises
+        ------
+        OSError: that could not be.
+        """
+        task = asyncio.ensure_future(sending)
+        try:
+            while not (await asyncio.wait({task}, timeout=_LOOK))[0]:
+                if not to <= self._fleet.standing():
+                    raise ConnectionError("one has failed meanwhile")
+            task.result()
+        finally:
+            task.cancel()
+
+
+def _address(peer: Peer) -> Address:
+    return Address(peer.rank, peer.address, peer.courier)
