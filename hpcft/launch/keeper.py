@@ -85,7 +85,7 @@ class Keeper:
         place = self._task.place
         here = local_settings(self._task.number_here, self._task.ranks_here)
         environ = {**os.environ, **self._settings, **here}
-        with self._warmed(environ, self._rundir.log_file(place.rank)):
+        with self._warmed(self._rundir.log_file(place.rank)):
             sizes = self._sizes
             shepherd = Shepherd(
                 self._options, self._task, place, environ, sizes.initial, sizes, self._warm
@@ -103,7 +103,7 @@ class Keeper:
         ------
         HpcftError: the run has ended, or nobody answers for it.
         """
-        with self._warmed({**os.environ, **self._settings}, self._folder / "guest.log"):
+        with self._warmed(self._folder / "guest.log"):
             for _ in range(_TRIES):
                 guest, door = await visit(self._rundir)
                 # Nobody is to wait for what can be done before.
@@ -120,11 +120,12 @@ class Keeper:
             )
 
     @contextlib.contextmanager
-    def _warmed(self, environ: dict[str, str], log: Path) -> Iterator[None]:
+    def _warmed(self, log: Path) -> Iterator[None]:
         die_with_parent(signal.SIGTERM)
         adopt_orphans()
-        how = ["-m"] if self._options.module else []
-        self._warm = Warm([*how, *self._options.target], environ, log)
+        # Without LOCAL_RANK, which may be another in the next launch.
+        environ = {**os.environ, **self._settings}
+        self._warm = Warm(self._options.command, self._options.preload, environ, log)
         try:
             yield
         finally:

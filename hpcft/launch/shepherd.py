@@ -84,8 +84,9 @@ _ECHO_TIME = 3.0
 #: Signals that end a run, and those that only warn of its end.
 _ENDS = (signal.SIGTERM, signal.SIGINT)
 _WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
-#: Seconds in which all ranks must have started MPI.
-_START_TIME = 300.0
+#: Seconds in which all ranks must have started MPI, and those that go by before the last of them
+#: has imported what is preloaded.
+_START_TIME, _PRELOAD_TIME = 300.0, 3600.0
 
 
 #: The facts that all ranks are to leave in order: for the run to end, or to be resized.
@@ -237,7 +238,8 @@ class Shepherd:
         if self._ticket:
             loop.add_reader(self._ticket, self._place_lost)
         starting = asyncio.ensure_future(self._start_child())
-        start_timer = loop.call_later(_START_TIME, self._start_failed, "ranks did not start MPI")
+        patience = _START_TIME + (_PRELOAD_TIME if self._options.preload else 0)
+        start_timer = loop.call_later(patience, self._start_failed, "ranks did not start MPI")
         self._start_timer = start_timer
         watching = asyncio.ensure_future(self._watch())
         await self._over.wait()

@@ -38,11 +38,12 @@ def main() -> None:
     die_with_parent(signal.SIGKILL)
     # Until training begins, or for good if the script is not one of ours.
     garbage.seldom()
-    warm.serve()
-    _rank()
+    target = sys.argv[1:]
+    warm.serve(target)
+    _rank(target)
 
 
-def _rank() -> None:
+def _rank(target: list[str]) -> None:
     # Again, for it is another process.
     leave_to_the_shepherd()
     faulthandler.enable()
@@ -57,7 +58,7 @@ def _rank() -> None:
         from hpcft.world.session import meet
 
         meet(link)
-        script.run(sys.argv[1:])
+        script.run(target)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if end.code is not None and not isinstance(end.code, int):
