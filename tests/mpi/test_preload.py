@@ -145,6 +145,24 @@ def test_what_a_process_that_was_given_up_has_started_ends_with_it(
     assert not running(run, "sleep")
 
 
+def test_ranks_train_on_and_are_relaunched_without_what_was_preloaded(
+    preloading: Preloading, tmp_path: Path
+) -> None:
+    run = preloading("")
+    launched(run, 1)
+    first = imports(tmp_path)
+    trained = ranks(run)
+    for pid in first:
+        os.kill(pid, signal.SIGKILL)
+    wait_for("both to be missed", lambda: run.logs().count("has ended (SIGKILL)") == 2)
+    run.wait_for_step(run.step() + 3)
+    assert ranks(run) == trained
+    relaunch(run, 1)
+    assert set(imports(tmp_path)) == {*first, *ranks(run)}
+    (tmp_path / "go").touch()
+    run.finish()
+
+
 def test_a_guest_preloads_before_others_wait_for_it(preloading: Preloading, tmp_path: Path) -> None:
     run = preloading("", "--nproc", "2:3")
     launched(run, 1)
