@@ -8,6 +8,7 @@ Rank 0 notes the end of every step in the file ``--stamps``: step, time, process
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import time
 from pathlib import Path
@@ -109,8 +110,11 @@ def main() -> None:
     parser.add_argument("--stamps", required=True)
     parser.add_argument("--save-every", type=int, default=0)
     parser.add_argument("--checkpoint", default="")
+    parser.add_argument("--dataset", action="store_true", help="load one before all else")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.dataset:
+        importlib.import_module("dataset")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         under_torchrun(args)
     else:

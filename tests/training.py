@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 HERE = Path(__file__).parent
 PROGRAM = HERE / "programs" / "train.py"
 #: Tell what is known of the runs that the test under way has started.
@@ -194,4 +196,32 @@ def family(run_dir: Path) -> list[int]:
                 home = Path("/proc") / name
                 if mark in (home / "cmdline").read_bytes() + (home / "environ").read_bytes():
                     found.append(int(name))
+    return found
+
+
+def kill_all(run: Training) -> None:
+    for entry in run.ranks():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(entry["pid"], signal.SIGKILL)
+
+
+def launched(run: Training, times: int) -> None:
+    """Wait until training has begun so often."""
+    wait_for(
+        f"start {times}",
+        lambda: (
+            sum(event["kind"] == "start" for event in run.events()) == times
+            or run.process.poll() is not None
+        ),
+    )
+    assert run.process.poll() is None, run.output
+
+
+def running(run: Training, part: str) -> list[psutil.Process]:
+    """The run's processes with ``part`` in their command line."""
+    found = []
+    for pid in family(run.run_dir):
+        with contextlib.suppress(psutil.Error):
+            if part in " ".join(psutil.Process(pid).cmdline()):
+                found.append(psutil.Process(pid))
     return found

@@ -92,7 +92,7 @@ class Keeper:
         if not self._task.launched_by_us:
             # A former run's. Who has launched us has seen to it, and may do so again in this run.
             log.unlink(missing_ok=True)
-        with self._warmed(environ, log):
+        with self._warmed(log):
             shepherd = Shepherd(self._options, self._task, place, environ, self._sizes, self._warm)
             await shepherd.run()
             return await self._follow(1, shepherd)
@@ -108,7 +108,7 @@ class Keeper:
         ------
         HpcftError: the run has ended, or nobody answers for it.
         """
-        with self._warmed({**os.environ, **self._settings}, self._folder / "guest.log"):
+        with self._warmed(self._folder / "guest.log"):
             for _ in range(_TRIES):
                 guest, door = await visit(self._rundir)
                 # Nobody is to wait for what can be done before.
@@ -125,11 +125,12 @@ class Keeper:
             )
 
     @contextlib.contextmanager
-    def _warmed(self, environ: dict[str, str], log: Path) -> Iterator[None]:
+    def _warmed(self, log: Path) -> Iterator[None]:
         die_with_parent(signal.SIGTERM)
         adopt_orphans()
-        how = ["-m"] if self._options.module else []
-        self._warm = Warm([*how, *self._options.target], environ, log)
+        # Without LOCAL_RANK, which may be another in the next launch.
+        environ = {**os.environ, **self._settings}
+        self._warm = Warm(self._options.command, self._options.preload, environ, log)
         try:
             yield
         finally:

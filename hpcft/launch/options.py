@@ -6,8 +6,11 @@ import argparse
 import importlib.util
 import os
 import re
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from hpcft.ckpt import near
@@ -15,6 +18,7 @@ from hpcft.ckpt.near import Copies, Tier
 from hpcft.ckpt.policy import BEST, Best, Policy, Retention
 from hpcft.errors import UsageError
 from hpcft.slurm import naming
+from hpcft.world.script import home
 
 _DESCRIPTION = """\
 Start a PyTorch training whose ranks may die.
@@ -64,10 +68,16 @@ class RunOptions:
     timeout_progress: float
     verbose: int
     warm: bool
+    preload: tuple[str, ...]
     digest: bool
     checkpoints: Policy | None
     max_relaunch: int
     most_requeues: int | None
+
+    @property
+    def command(self) -> list[str]:
+        """``SCRIPT ARGS...`` or ``-m MODULE ARGS...``."""
+        return [*(["-m"] if self.module else []), *self.target]
 
 
 @dataclass(frozen=True)
@@ -269,6 +279,17 @@ def _parser() -> argparse.ArgumentParser:
         help="do not run two dry steps on the spares; adopting one then takes longer",
     )
     add(
+        "--preload",
+        action="append",
+        default=[],
+        metavar="MODULE[,MODULE...]",
+        help="import these modules of the script's before a rank is forked, so that a rank that is "
+        "started again has at once what they have loaded. That is done once, and not by each rank: "
+        "LOCAL_RANK and RANK are not set yet, every rank's random numbers go on from where the "
+        "module has left them, and MPI, GPUs and threads, such as torch's own, cannot be used "
+        "(default: none)",
+    )
+    add(
         "--no-digest",
         dest="digest",
         action="store_false",
@@ -323,6 +344,8 @@ def parse(argv: list[str]) -> RunOptions:
     if not target:
         raise UsageError("there is no SCRIPT", "name one, or -m MODULE")
     _check_target(target[0], given.module)
+    preload = tuple(name for names in given.preload for name in names.split(","))
+    _check_preload(preload, home(["-m", *target] if given.module else target))
     return RunOptions(
         argv=tuple(argv),
         target=tuple(target),
@@ -337,6 +360,7 @@ def parse(argv: list[str]) -> RunOptions:
         timeout_progress=given.timeout_progress,
         verbose=given.verbose,
         warm=given.warm,
+        preload=preload,
         digest=given.digest,
         checkpoints=_checkpoints(given),
         max_relaunch=(3 if given.ckpt_dir else 0)
@@ -485,6 +509,29 @@ def _check_target(script: str, module: bool) -> None:
         found = False
     if not found:
         raise UsageError(f"there is no module {script}", "check the name and PYTHONPATH")
+
+
+def _check_preload(modules: Sequence[str], folder: str) -> None:
+    for module in modules:
+        if not _is_module(module, folder):
+            raise UsageError(
+                f"there is no module {module!r} to --preload in {folder}, nor where Python looks "
+                "otherwise",
+                "name it as the script imports it, without .py, and check PYTHONPATH",
+            )
+
+
+def _is_module(name: str, folder: str) -> bool:
+    """Whether a script in ``folder`` can import this; nothing is imported to find out."""
+    top, _, rest = name.partition(".")
+    if not all(part.isidentifier() for part in name.split(".")):
+        return False
+    path = [folder, *sys.path[1:]]
+    for finder in sys.meta_path:
+        spec = finder.find_spec(top, path if finder is PathFinder else None)
+        if spec:
+            return not rest or spec.submodule_search_locations is not None
+    return False
 
 
 def _run_dir(given: Path | None) -> Path:

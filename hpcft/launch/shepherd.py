@@ -69,8 +69,9 @@ _NOTICE_TIME = 1.0
 _TOO_MUCH = TooFewRanks.exit_code
 #: Seconds after which it is said that a run that was asked to end is still in a step.
 _STEP_TIME = 10.0
-#: Seconds in which all ranks must have started MPI.
-_START_TIME = 300.0
+#: Seconds in which all ranks must have started MPI, and those that go by before the last of them
+#: has imported what is preloaded.
+_START_TIME, _PRELOAD_TIME = 300.0, 3600.0
 #: Seconds between two looks at whether the start has come to nothing.
 _START_LOOK = 0.5
 
@@ -191,9 +192,8 @@ class Shepherd:
         if self._ticket:
             loop.add_reader(self._ticket, self._place_lost)
         self._tasks.append(asyncio.ensure_future(self._start_rank()))
-        self._start_timer = loop.call_later(
-            _START_TIME, self._start_failed, "ranks did not start MPI"
-        )
+        patience = _START_TIME + (_PRELOAD_TIME if self._options.preload else 0)
+        self._start_timer = loop.call_later(patience, self._start_failed, "ranks did not start MPI")
         if not self._former:
             self._tasks.append(asyncio.ensure_future(self._watch_start()))
         await self._over.wait()

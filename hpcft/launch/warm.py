@@ -27,6 +27,7 @@ class Warm:
     Parameters
     ----------
     target: the script and its arguments, as the rank's command line has them.
+    preload: modules of the user's that it is to import.
     environ: its environment.
     log: file its output goes to, beside the terminal.
 
@@ -37,7 +38,9 @@ class Warm:
     learnt: the modules that it was to import besides.
     """
 
-    def __init__(self, target: Sequence[str], environ: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self, target: Sequence[str], preload: Sequence[str], environ: Mapping[str, str], log: Path
+    ) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log.open("ab", buffering=0)
         #: Which output also goes to our own stdout and stderr, and under what name.
@@ -45,6 +48,7 @@ class Warm:
         self.prefix = b""
         self.learnt: list[str] = []
         self._target = list(target)
+        self._preload = list(preload)
         self._environ = dict(environ)
         self._pumps: list[threading.Thread] = []
         self.start()
@@ -85,6 +89,8 @@ class Warm:
             pump = threading.Thread(target=self._pump, args=(pipe, out), daemon=True)
             pump.start()
             self._pumps.append(pump)
+        if self._preload:
+            self._tell({"preload": self._preload})
 
     def _pump(self, pipe: IO[bytes], out: IO[bytes]) -> None:
         # In a thread, for a file system that hangs must not keep the shepherd from its beats.
@@ -134,7 +140,10 @@ class Warm:
     def learn(self, modules: Sequence[str]) -> None:
         """Have it import these as well, for the ranks to come."""
         self.learnt += modules
-        request = json.dumps({"modules": list(modules)}).encode()
+        self._tell({"modules": list(modules)})
+
+    def _tell(self, wish: dict[str, list[str]]) -> None:
+        request = json.dumps(wish).encode()
         # What does not fit, were it ever so much, is left away: it is a convenience.
         with contextlib.suppress(OSError):
             self._control.send(len(request).to_bytes(8, "big") + request)

@@ -12,13 +12,13 @@ import os
 import signal
 import sys
 import traceback
-from types import FrameType
 from typing import NoReturn
 
 from hpcft.errors import HpcftError
 from hpcft.world import garbage, script, warm
 from hpcft.world.link import CONTROL_FD, STACKS_SIGNAL, Link
 from hpcft.world.parent import die_with_parent
+from hpcft.world.signals import leave_to_the_shepherd
 from hpcft.world.start import start_mpi
 
 
@@ -30,41 +30,22 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _leave_to_the_shepherd() -> None:
-    """Do not end by signals that Slurm sends to all processes of a job; the shepherds act on them.
-
-    A script may handle them itself.
-    """
-    # For what it starts, too, such as the workers of a DataLoader.
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    rank = os.getpid()
-
-    def terminate(number: int, _: FrameType | None) -> None:
-        if os.getpid() != rank:
-            # A fork of it: multiprocessing ends its workers so.
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    signal.signal(signal.SIGTERM, terminate)
-    signal.siginterrupt(signal.SIGTERM, False)
-
-
 def main() -> None:
     """Entry of the warm process, and of the rank."""
     if CONTROL_FD not in os.environ:
         sys.exit("hpcft.world.rank is started by a shepherd; use python -m hpcft.run")
-    _leave_to_the_shepherd()
+    leave_to_the_shepherd()
     die_with_parent(signal.SIGKILL)
     # Until training begins, or for good if the script is not one of ours.
     garbage.seldom()
-    warm.serve()
-    _rank()
+    target = sys.argv[1:]
+    warm.serve(target)
+    _rank(target)
 
 
-def _rank() -> None:
+def _rank(target: list[str]) -> None:
     # Again, for it is another process.
-    _leave_to_the_shepherd()
+    leave_to_the_shepherd()
     faulthandler.enable()
     faulthandler.register(STACKS_SIGNAL, all_threads=True)
     link = Link.inherited()
@@ -77,7 +58,7 @@ def _rank() -> None:
         from hpcft.world.session import meet
 
         meet(link)
-        script.run(sys.argv[1:])
+        script.run(target)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if end.code is not None and not isinstance(end.code, int):

@@ -16,7 +16,7 @@ import gc
 import os
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _resets: list[Callable[[], None]] = []
@@ -37,12 +37,31 @@ def on_interruption(reset: Callable[[], None]) -> None:
     _resets.append(reset)
 
 
-def run(arguments: list[str]) -> None:
+def home(arguments: Sequence[str]) -> str:
+    """The folder in which ``SCRIPT ARGS...`` or ``-m MODULE ARGS...`` finds its own modules."""
+    script, *_ = arguments
+    return os.getcwd() if script == "-m" else str(Path(script).resolve().parent)
+
+
+def prepare(arguments: Sequence[str]) -> None:
+    """Have ``sys.argv`` and the search path be as Python makes them for such a script.
+
+    To be called once, before :func:`run`; what is imported between the two finds them so as well.
+    """
+    sys.argv = _argv(arguments)
+    sys.path[0] = home(arguments)
+
+
+def run(arguments: Sequence[str]) -> None:
     """Run ``SCRIPT ARGS...`` or ``-m MODULE ARGS...``, as Python would, until it ends by itself."""
     path, folder = list(sys.path), os.getcwd()
     while True:
+        sys.argv = _argv(arguments)
         try:
-            _call(arguments)
+            if arguments[0] == "-m":
+                runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(sys.argv[0], run_name="__main__")
             return
         except ScriptInterrupted:
             pass
@@ -56,13 +75,5 @@ def run(arguments: list[str]) -> None:
         gc.collect()
 
 
-def _call(arguments: list[str]) -> None:
-    module = arguments[0] == "-m"
-    target, *rest = arguments[1:] if module else arguments
-    sys.argv = [target, *rest]
-    if module:
-        sys.path[0] = os.getcwd()
-        runpy.run_module(target, run_name="__main__", alter_sys=True)
-    else:
-        sys.path[0] = str(Path(target).resolve().parent)
-        runpy.run_path(target, run_name="__main__")
+def _argv(arguments: Sequence[str]) -> list[str]:
+    return list(arguments[1:] if arguments[0] == "-m" else arguments)

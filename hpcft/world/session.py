@@ -12,6 +12,7 @@ from typing import Any
 
 from mpi4py import MPI
 
+from hpcft.errors import HpcftError
 from hpcft.telemetry.rundir import RunDirectory
 from hpcft.world.journal import Journal
 from hpcft.world.link import Link
@@ -46,6 +47,11 @@ def current() -> Session:
 
 
 def _without_shepherd() -> Session:
+    if not MPI.Is_initialized():
+        raise HpcftError(
+            "hpcft.init() is called before MPI is started, as in a module for --preload",
+            "call it in the script itself",
+        )
     comm = MPI.COMM_WORLD
     hosts = dict(enumerate(comm.allgather(socket.gethostname())))
     world = World(comm, None, hosts, 0, Policy(substitute=False, shrink=False))

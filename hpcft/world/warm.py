@@ -3,7 +3,8 @@
 A rank that is started again pays for neither an interpreter nor torch, and all ranks that come
 from one warm process share its memory. When training has begun, a rank says which libraries its
 script has imported besides, and the warm process imports them as well. It has started neither MPI
-nor threads nor a device, which would not survive a fork; a library that starts some ends it.
+nor threads nor a device, which would not survive a fork; a library that starts some ends it. What
+the user has it import is left to a process of its own (:mod:`hpcft.world.preload`).
 
 The rank is forked twice, so that it becomes the child of the shepherd, which has said that it
 adopts orphans (PR_SET_CHILD_SUBREAPER): whose death the kernel tells of is the parent.
@@ -23,8 +24,10 @@ import sysconfig
 import time
 from collections.abc import Sequence
 
+from hpcft.world import script
 from hpcft.world.link import CONTROL_FD, LINK_FD, PROGRESS_FD
 from hpcft.world.parent import die_with_parent
+from hpcft.world.preload import lasting_threads, stand_in
 
 #: What a rank imports whatever its script is; the last when it makes its first optimizer.
 _MODULES = ("mpi4py.MPI", "hpcft.train.api", "torch._dynamo")
@@ -32,10 +35,15 @@ _MODULES = ("mpi4py.MPI", "hpcft.train.api", "torch._dynamo")
 _there: frozenset[str] = frozenset()
 
 
-def serve() -> None:
+def serve(target: Sequence[str]) -> None:
     """Import, then fork a rank whenever the shepherd asks; returns in each rank, and never else.
 
-    In the rank the environment is the one that the shepherd has sent.
+    In the rank the environment is the one that the shepherd has sent, with what the modules
+    imported here have changed in theirs.
+
+    Parameters
+    ----------
+    target: the script and its arguments.
     """
     control = socket.socket(fileno=int(os.environ.pop(CONTROL_FD)))
     control.set_inheritable(False)
@@ -45,7 +53,9 @@ def serve() -> None:
         # dead.
         settings.initialize = settings.finalize = False
     _import(_MODULES)
-    threads = _threads()
+    script.prepare(target)
+    threads = lasting_threads()
+    before = dict(os.environ)
     while True:
         size, fds, _, _ = socket.recv_fds(control, 8, 2)
         if len(size) < 8:
@@ -60,15 +70,23 @@ def serve() -> None:
         if "ready" in wanted:
             control.sendall(bytes(8))
             continue
+        if "preload" in wanted:
+            if stand_in(wanted["preload"]):
+                _settle()
+                threads = lasting_threads()
+            continue
         if "modules" in wanted:
             _import(wanted["modules"])
-            if _threads() > threads:
+            if lasting_threads() > threads:
                 os._exit(0)
             continue
         if _fork(control, wanted["parent"]):
             control.close()
+            changed = {
+                name: value for name, value in os.environ.items() if before.get(name) != value
+            }
             os.environ.clear()
-            os.environ.update(wanted["environ"])
+            os.environ.update({**wanted["environ"], **changed})
             os.environ[LINK_FD], os.environ[PROGRESS_FD] = map(str, fds)
             return
         for fd in fds:
@@ -88,19 +106,19 @@ def libraries() -> list[str]:
 
 
 def _import(modules: Sequence[str]) -> None:
-    global _there
     for module in modules:
         # What is wrong is found, and told, by a rank.
         with contextlib.suppress(Exception):
             importlib.import_module(module)
+    _settle()
+
+
+def _settle() -> None:
+    global _there
     _there = frozenset(sys.modules)
     # What is there now is never looked through again, and so stays shared.
     gc.collect()
     gc.freeze()
-
-
-def _threads() -> int:
-    return len(os.listdir("/proc/self/task"))
 
 
 def _fork(control: socket.socket, shepherd: int) -> bool:

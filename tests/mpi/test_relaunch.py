@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -12,41 +11,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from training import Training, family, wait_for
+from training import Training, family, kill_all, launched, running, wait_for
 
 from hpcft.ckpt import near
 
 Launch = Callable[..., Training]
 
 pytestmark = pytest.mark.mpi
-
-
-def kill_all(run: Training) -> None:
-    for entry in run.ranks():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(entry["pid"], signal.SIGKILL)
-
-
-def launched(run: Training, times: int) -> None:
-    """Wait until training has begun so often."""
-    wait_for(
-        f"start {times}",
-        lambda: (
-            sum(event["kind"] == "start" for event in run.events()) == times
-            or run.process.poll() is not None
-        ),
-    )
-    assert run.process.poll() is None, run.output
-
-
-def running(run: Training, part: str) -> list[psutil.Process]:
-    """The run's processes with ``part`` in their command line."""
-    found = []
-    for pid in family(run.run_dir):
-        with contextlib.suppress(psutil.Error):
-            if part in " ".join(psutil.Process(pid).cmdline()):
-                found.append(psutil.Process(pid))
-    return found
 
 
 def checkpointed(path: Path) -> list[str]:

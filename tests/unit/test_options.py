@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def test_without_options_one_rank_per_task_trains_and_nothing_is_parked() -> Non
         timeout_progress=300.0,
         verbose=1,
         warm=True,
+        preload=(),
         digest=True,
         checkpoints=None,
         max_relaunch=0,
@@ -48,6 +50,7 @@ def test_each_option_is_taken() -> None:
         [
             *("--nproc", "4", "--spares=2", "--min-ranks", "3", "--on-failure", "shrink"),
             *("--run-dir", "/runs/a", "--timeout-detect", "0.1", "--timeout-progress", "0"),
+            *("--preload", "json,os", "--preload=test_options"),
             *("--verbose", "3", "--no-warm", "--no-digest", SCRIPT),
         ]
     )
@@ -66,6 +69,7 @@ def test_each_option_is_taken() -> None:
         timeout_progress=0.0,
         verbose=3,
         warm=False,
+        preload=("json", "os", "test_options"),
         digest=False,
         checkpoints=None,
         max_relaunch=0,
@@ -352,3 +356,32 @@ def test_ranks_train_before_there_are_spares_and_spares_are_kept_before_more_tra
         assert parked >= spares
     if active < sizes.most:
         assert parked <= spares
+
+
+def test_what_is_preloaded_is_looked_for_where_the_script_would_find_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    for folder in (home / "package", elsewhere):
+        folder.mkdir(parents=True)
+    # Looking for modules runs nothing of them.
+    for file in ("script.py", "mine.py", "package/__init__.py", "package/part.py"):
+        (home / file).write_text("raise SystemExit(1)\n")
+    (elsewhere / "theirs.py").write_text("raise SystemExit(1)\n")
+    script = str(home / "script.py")
+
+    def preload(modules: str, *target: str) -> tuple[str, ...]:
+        return parse(["--preload", modules, *target]).preload
+
+    assert preload("mine,package.part", script) == ("mine", "package.part")
+    for missing in ("theirs", "mine.py", "mine.part", "", "mine,theirs", "mine;package"):
+        with pytest.raises(UsageError, match=re.escape(f"to --preload in {home}")):
+            preload(missing, script)
+    # The folder of a module that is run is the one where that is said.
+    monkeypatch.setattr(sys, "path", ["first", *sys.path])
+    monkeypatch.chdir(elsewhere)
+    assert preload("theirs", "-m", "json.tool") == ("theirs",)
+    with pytest.raises(UsageError, match=re.escape(f"'mine' to --preload in {elsewhere}")):
+        preload("mine", "-m", "json.tool")
+    monkeypatch.setattr(sys, "path", ["first", str(elsewhere)])
+    assert preload("theirs", script) == ("theirs",)

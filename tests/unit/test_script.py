@@ -50,12 +50,14 @@ def test_each_time_it_finds_what_it_found_first(
             script.on_interruption(reset)
 
     script.on_interruption(reset)
-    script.run([*(["-m", "program"] if module else ["program.py"]), "-x", "1"])
+    arguments = [*(["-m", "program"] if module else ["program.py"]), "-x", "1"]
+    script.prepare(arguments)
+    script.run(arguments)
     helper = sys.modules.pop("helper")
     assert len(helper.seen) == 3
     assert helper.seen[0] == helper.seen[1] == helper.seen[2]
-    arguments, path, folder, marked, name = helper.seen[0]
-    assert arguments == ["-x", "1"]
+    rest, path, folder, marked, name = helper.seen[0]
+    assert rest == ["-x", "1"]
     assert (path[0], folder) == (str(tmp_path), str(tmp_path))
     assert not marked
     assert name == "__main__"
