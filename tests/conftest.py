@@ -28,6 +28,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         STORIES.clear()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests run in one process, and those of the lab, which is one, in the first."""
+    items.sort(key=lambda item: "slurm" not in item.keywords)
+    for item in items:
+        lab = "slurm" in item.keywords
+        item.add_marker(pytest.mark.xdist_group("lab" if lab else item.path.name))
+
+
 @pytest.fixture(autouse=True)
 def state_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Runs of tests are not among those of the user, nor of other tests."""

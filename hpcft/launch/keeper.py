@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from hpcft.errors import HpcftError
+from hpcft.launch import budget
 from hpcft.launch.child import adopt_orphans
 from hpcft.launch.company import Company
 from hpcft.launch.guest import Guest, visit
@@ -34,8 +35,6 @@ from hpcft.launch.warm import Warm
 from hpcft.telemetry.rundir import RunDirectory
 from hpcft.world.parent import die_with_parent
 
-#: Seconds in which a run may be relaunched as often as ``--max-relaunch`` says.
-_BUDGET_TIME = 3600.0
 #: Seconds that mpiexec or srun may take to end by itself when its tasks have.
 _LAUNCHER_TIME = 3.0
 #: Launches in a row that may end without having come further.
@@ -69,8 +68,6 @@ class Keeper:
         self._sizes = sizes
         self._folder = folder
         self._rundir = RunDirectory(options.run_dir)
-        #: When the run was relaunched, in seconds (monotonic).
-        self._times: list[float] = []
         #: The step to which any rank had come, and how many launches have not come further.
         self._furthest, self._vain = 0, 0
         #: What lends the rank its place in MPI, and what has started that, in all launches but the
@@ -248,7 +245,6 @@ class Keeper:
         finally:
             self._launcher = muster.launcher
             if not resized:
-                self._times.append(time.monotonic())
                 self._vain = 0 if muster.furthest > self._furthest else self._vain + 1
                 self._furthest = max(self._furthest, muster.furthest)
         self._ticket = launched.ticket
@@ -302,11 +298,10 @@ class Keeper:
             return
         outcome, most = last.outcome, self._options.max_relaunch
         why, code, raised = outcome.why(), outcome.code, outcome.raised()
-        now = time.monotonic()
-        lately = sum(now - at < _BUDGET_TIME for at in self._times)
-        if lately >= most:
-            times = "once" if lately == 1 else f"{lately} times"
-            raise GivenUp(code, f"{why}; relaunched {times} within an hour (--max-relaunch)")
+        events = self._rundir.events()
+        if objection := budget.objection(events, most):
+            raise GivenUp(code, f"{why}; {objection}")
+        lately = budget.lately(events)
         if len(hosts) < self._options.min_ranks:
             raise GivenUp(
                 code,
@@ -317,7 +312,7 @@ class Keeper:
         if vain > _VAIN or (vain and raised is not None):
             if raised is not None and self._options.verbose:
                 print(self._rundir.last_traceback(raised), file=sys.stderr, flush=True)
-            again = f"; no launch comes further than step {step}" if self._times else ""
+            again = f"; no launch comes further than step {step}" if lately else ""
             raise GivenUp(code, why + again)
         last.note_relaunch(step, hosts)
         if self._options.verbose:
