@@ -99,10 +99,18 @@ def keep(
     tiers = options.checkpoints.near if options.checkpoints else ()
     with scratch() as folder, claimed(tiers, time.time()):
         settings = rank_settings(task.prefix, task.ranks_here, task.interface, folder)
-        code = asyncio.run(life(Keeper(options, task, settings, sizes, folder)))
+        code = asyncio.run(_alone(life(Keeper(options, task, settings, sizes, folder))))
         # All is done; Slurm, which ends a job that is requeued, is not to keep us from clearing up.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return code
+
+
+async def _alone(life: Coroutine[None, None, int]) -> int:
+    try:
+        return await life
+    finally:
+        # asyncio closes its pipe before it lets go of signals, and would complain of those between.
+        signal.set_wakeup_fd(-1)
 
 
 def _warn_of_srun_options() -> None:

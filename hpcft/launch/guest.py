@@ -66,8 +66,13 @@ class Guest(Company):
         self.on_fact(fact)
 
 
-async def visit(rundir: RunDirectory) -> tuple[Guest, Door]:
+async def visit(rundir: RunDirectory, former: Door | None = None) -> tuple[Guest, Door]:
     """Come to a run as a guest.
+
+    Parameters
+    ----------
+    former: a door that leads nowhere, though somebody may still answer there; another is waited
+        for.
 
     Raises
     ------
@@ -81,6 +86,8 @@ async def visit(rundir: RunDirectory) -> tuple[Guest, Door]:
         door = Door.of(content) if content else None
         if door and door.closed:
             raise HpcftError(f"the run in {rundir.path} cannot be resized: {door.closed}")
+        if door and former and door.secret == former.secret:
+            door = None
         guest = await _enter(door) if door else None
         if door and guest:
             return guest, door

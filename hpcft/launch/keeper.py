@@ -25,6 +25,7 @@ from hpcft.errors import HpcftError
 from hpcft.launch import budget
 from hpcft.launch.child import adopt_orphans
 from hpcft.launch.company import Company
+from hpcft.launch.door import Door
 from hpcft.launch.guest import Guest, visit
 from hpcft.launch.muster import GivenUp, Launched, LeftOut, Muster
 from hpcft.launch.options import RunOptions, Sizes
@@ -105,14 +106,20 @@ class Keeper:
         ------
         HpcftError: the run has ended, or nobody answers for it.
         """
+        former: Door | None = None
         with self._warmed(self._folder / "guest.log"):
             for _ in range(_TRIES):
-                guest, door = await visit(self._rundir)
+                guest, door = await visit(self._rundir, former)
                 # Nobody is to wait for what can be done before.
                 self._warm.learn(door.modules)
                 await self._warm.ready()
                 guest.announce("guest", guest.rank, host=self._task.place.host)
-                code = await self._enter(door.launch, guest)
+                try:
+                    code = await self._enter(door.launch, guest)
+                except LeftOut:
+                    # It came too late for the launch after that; there is another door soon.
+                    former = door
+                    continue
                 if code is not None:
                     return code
                 # The launch it was a guest of has ended; there may be another.
@@ -140,6 +147,10 @@ class Keeper:
         Returns
         -------
         The exit code of the run; None if this guest has not come to a launch.
+
+        Raises
+        ------
+        LeftOut: there is one without it.
         """
         with_guests = True
         try:
@@ -148,7 +159,12 @@ class Keeper:
                 try:
                     shepherd = await self._next(number, guest, None, False, with_guests)
                 except GivenUp as error:
-                    return await self._turned_away(guest, error)
+                    await guest.leave()
+                    if isinstance(error, LeftOut):
+                        raise
+                    if self._options.verbose:
+                        print(f"hpcft: not joined: {error}", file=sys.stderr, flush=True)
+                    return error.code
                 with_guests = False
                 if shepherd is None:
                     if guest.gone:
@@ -269,15 +285,6 @@ class Keeper:
             launched.ticket,
             last.lost if last else frozenset(),
         )
-
-    async def _turned_away(self, company: Company, error: GivenUp) -> int | None:
-        """The run ends, or goes on, before this guest has become one of its ranks."""
-        await company.leave()
-        if isinstance(error, LeftOut):
-            return None
-        if self._options.verbose:
-            print(f"hpcft: not joined: {error}", file=sys.stderr, flush=True)
-        return error.code
 
     def _decide(
         self, last: Shepherd | None, resized: bool, step: int, hosts: dict[int, str]

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from hpcft.world.departure import Departures
@@ -60,6 +61,8 @@ class Link:
         self.news = threading.Event()
         self.failures: dict[int, Failure] = {}
         self.copied: dict[str, str] = {}
+        #: What came before this process could act on it.
+        self._early: list[dict[str, Any]] = []
         self.departures = Departures(progress, self._at)
 
     @classmethod
@@ -95,6 +98,16 @@ class Link:
         message: dict[str, Any] = json.loads(line)
         return message
 
+    def await_ready(self) -> None:
+        """Wait until the shepherds are connected; of who dies meanwhile :meth:`listen` tells.
+
+        Raises
+        ------
+        EOFError: the shepherd is gone.
+        """
+        while (message := self.receive())["kind"] != "ready":
+            self._early.append(message)
+
     def failure(self, rank: int, patience: float) -> Failure | None:
         """What is known of the failure of ``rank``, waiting up to ``patience`` seconds for it.
 
@@ -115,8 +128,7 @@ class Link:
         """
 
         def run() -> None:
-            for line in self._reader:
-                message = json.loads(line)
+            for message in chain(self._early, map(json.loads, self._reader)):
                 if message["kind"] == "copied":
                     self.copied[message["checkpoint"]] = message["why"]
                     continue

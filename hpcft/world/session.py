@@ -70,7 +70,7 @@ def meet(link: Link) -> None:
     secret, key = comm.bcast((secrets.token_hex(32), secrets.token_hex(8)))
     pids = dict(enumerate(comm.allgather(os.getpid())))
     link.send("table", peers=peers, secret=secret)
-    link.receive()
+    link.await_ready()
     link.listen(notifier.failed)
     hosts = {peer["rank"]: peer["host"] for peer in peers}
     policy = Policy(
