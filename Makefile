@@ -50,7 +50,7 @@ test-late: $(VENV)/.test
 	$(BIN)/python -m pytest tests/late
 
 test: lab-packages $(VENV)/.test lint test-c
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
