@@ -6,11 +6,12 @@ import argparse
 import asyncio
 
 from hpcft.cli.runs import RUN, add_run
-from hpcft.errors import UsageError
+from hpcft.errors import HpcftError, UsageError
 from hpcft.launch.door import Door
 from hpcft.launch.guest import Guest, visit
 from hpcft.telemetry.rundir import RunDirectory
 from hpcft.watch.runs import find
+from hpcft.world.departure import STAYS
 
 SUMMARY = "take workers out of a training that runs"
 
@@ -25,7 +26,8 @@ Slurm drains leaves by itself.
 {RUN}"""
 
 _EPILOG = """\
-exit code: 0 they have left; 2 there is no such run, no such rank, or too few would be left
+exit code: 0 they have left; 1 the ranks could not save, and train on; 2 there is no such run, no
+such rank, or too few would be left
 """
 
 
@@ -56,10 +58,14 @@ async def _leave(rundir: RunDirectory, nodes: str | None, ranks: str | None) -> 
         )
     for rank in going:
         guest.announce("retire", rank, reason="hpcft leave")
-    await guest.wait(lambda: bool(guest.known("resize")))
     # That launch is over when nobody of it is there any more.
-    await guest.wait(lambda: False)
+    stays = await guest.wait(lambda: bool(guest.known(STAYS)))
     await guest.leave()
+    if stays:
+        raise HpcftError(
+            "nobody leaves, for the ranks could not save: training goes on as before",
+            "make room for checkpoints; end the run with `hpcft stop` and start it with fewer",
+        )
     now = await _next(rundir, door)
     print(f"{len(going)} left; {now} go on")
     return 0

@@ -54,7 +54,7 @@ from hpcft.launch.signals import ENDS, WARNINGS, Meaning, Signals
 from hpcft.launch.vigil import Vigil
 from hpcft.launch.warm import Warm
 from hpcft.telemetry.rundir import RunDirectory
-from hpcft.world.departure import LEAVE, RESIZE
+from hpcft.world.departure import LEAVE, RESIZE, STAYS
 from hpcft.world.progress import Progress
 
 #: Seconds a fenced shepherd waits to hear from the others.
@@ -478,6 +478,11 @@ class Shepherd:
         """All ranks have agreed that training is over: from now on ranks may leave."""
         self._agreed = True
         self._handed_over = message["handed_over"]
+
+    async def _rank_stays(self, message: Message) -> None:
+        """All ranks were to leave for others to come or go, and could not save: they train on."""
+        assert self.fleet is not None
+        self.fleet.announce(STAYS, self._place.rank)
 
     async def _rank_copy(self, message: Message) -> None:
         """The rank has written its part of a checkpoint near it; another node is to have it."""

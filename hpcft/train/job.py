@@ -388,6 +388,7 @@ class Job:
             if self._resizing and not self._checkpoints.hand_over(state, resize.durable):
                 self._leaving = self._resizing = False
                 resize.forget()
+                link.send("stays")
                 self._begin_step(state)
                 return False
         if not self._resizing:

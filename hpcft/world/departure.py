@@ -26,6 +26,8 @@ from hpcft.world.progress import Progress
 #: What all are to leave for: the end of the run, or a launch with more ranks or fewer. The facts by
 #: which the shepherds let each other know are called so, too.
 LEAVE, RESIZE = "leave", "resize"
+#: The fact that the second has come to nothing.
+STAYS = "stays"
 #: Seconds between two looks at whether something has failed.
 _LOOK = 0.01
 

@@ -136,3 +136,25 @@ def test_who_joins_and_dies_does_not_matter(
     one.process.wait(60)
     summary = run.finish()
     assert summary["steps"] == 60
+
+
+def test_who_cannot_save_stays(launch: Launch, tmp_path: Path) -> None:
+    run = launch(
+        *("--nproc", "3", *checkpointed(tmp_path)),
+        program=["--steps", "100000", "--pace", "0.05"],
+    )
+    run.wait_for_step(3)
+    checkpoints = tmp_path / "checkpoints"
+    aside = checkpoints.rename(tmp_path / "aside")
+    checkpoints.write_text("no directory")
+    left = subprocess.run(
+        [*HPCFT, "leave", str(run.run_dir), "--ranks", "1"], capture_output=True, text=True
+    )
+    assert left.returncode == 1
+    assert "could not save" in left.stderr
+    trains_with(run, 3)
+    run.wait_for_step(run.step() + 3)
+    checkpoints.unlink()
+    aside.rename(checkpoints)
+    run.process.send_signal(signal.SIGUSR1)
+    assert run.finish(75)["resizes"] == []
