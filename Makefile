@@ -1,8 +1,6 @@
 # Everything happens in .venv; PYTHON chooses the interpreter it is made with.
 PYTHON ?= python3
 VENV ?= .venv
-# Tests that run at a time: most of what they do is wait.
-WORKERS ?= 2
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -50,7 +48,7 @@ test-late: $(VENV)/.test
 	$(BIN)/python -m pytest tests/late
 
 test: lab-packages $(VENV)/.test lint test-c
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
+	$(BIN)/python -m pytest
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -8,14 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from xdist.remote import Producer
-from xdist.scheduler import LoadScopeScheduling
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from training import STORIES, Training
 
-_LAB = "tests/slurm/"
 # Else every process of every run compiles hpcft anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
@@ -29,23 +26,6 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         report.sections += [("run", story()) for story in STORIES]
     if call.when == "teardown":
         STORIES.clear()
-
-
-class ByFile(LoadScopeScheduling):
-    """A file's tests run in one process, and all of the lab, which is one, in the first."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return "the lab" if file.startswith(_LAB) else file
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
-    return ByFile(config, log)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first, when several run at a time."""
-    items.sort(key=lambda item: not item.nodeid.startswith(_LAB))
 
 
 @pytest.fixture(autouse=True)

@@ -45,7 +45,7 @@ def preloading(tmp_path: Path) -> Iterator[Preloading]:
         script.write_text(text.replace("\nimport hpcft\n", f"\nimport hpcft\n{USE}"))
         given = ["--nproc", "2", "--preload", "data", "--ckpt-every", "5", *options]
         given += ["--ckpt-dir", str(tmp_path / "checkpoints")]
-        program = [os.path.relpath(script), "--steps", "60", "--pace", "0.1"]
+        program = [os.path.relpath(script), "--steps", "300", "--pace", "0.1"]
         program += ["--until", str(tmp_path / "go")]
         started.append(Training(tmp_path / "run", given, program).start())
         return started[-1]
@@ -89,7 +89,7 @@ def test_a_relaunched_rank_has_what_was_imported_before_it(
     assert len(set(first)) == 2
     assert not ranks(run) & set(first)
     text = (tmp_path / "imports").read_text()
-    assert text.count("|['--steps', '60']|False\n") == 2
+    assert text.count("|['--steps', '300']|False\n") == 2
     assert run.logs().count("with data kept True\n") == 4
     # A warm process that is started again imports it again.
     trained = ranks(run)
