@@ -125,11 +125,8 @@ class Warm:
         ProcessLookupError: the warm process has ended before that.
         """
         loop = asyncio.get_running_loop()
-        request = json.dumps({"environ": dict(environ), "parent": os.getpid()}).encode()
         try:
-            # Together with the first byte, which is the length's.
-            socket.send_fds(self._control, [len(request).to_bytes(8, "big")], list(fds))
-            await loop.sock_sendall(self._control, request)
+            self._ask({"environ": dict(environ), "parent": os.getpid()}, fds)
             answer = await loop.sock_recv(self._control, 8)
         except OSError:
             answer = b""
@@ -143,17 +140,22 @@ class Warm:
         self._tell({"modules": list(modules)})
 
     def _tell(self, wish: dict[str, list[str]]) -> None:
-        request = json.dumps(wish).encode()
         # What does not fit, were it ever so much, is left away: it is a convenience.
         with contextlib.suppress(OSError):
-            self._control.send(len(request).to_bytes(8, "big") + request)
+            self._ask(wish)
+
+    def _ask(self, wish: Mapping[str, object], fds: Sequence[int] = ()) -> None:
+        # In a file: so it is taken as a whole or not at all, whenever who reads it is killed.
+        with os.fdopen(os.memfd_create("hpcft-wish"), "wb") as file:
+            file.write(json.dumps(wish).encode())
+            file.flush()
+            socket.send_fds(self._control, [b"?"], [file.fileno(), *fds])
 
     async def ready(self) -> None:
         """Wait until it has imported what it was to import so far, or has ended."""
         loop = asyncio.get_running_loop()
-        request = json.dumps({"ready": True}).encode()
         with contextlib.suppress(OSError):
-            await loop.sock_sendall(self._control, len(request).to_bytes(8, "big") + request)
+            self._ask({"ready": True})
             await loop.sock_recv(self._control, 8)
 
     def kill(self) -> None:

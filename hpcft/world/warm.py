@@ -23,6 +23,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from hpcft.world import script
 from hpcft.world.link import CONTROL_FD, LINK_FD, PROGRESS_FD
@@ -57,16 +58,7 @@ def serve(target: Sequence[str]) -> None:
     threads = lasting_threads()
     before = dict(os.environ)
     while True:
-        size, fds, _, _ = socket.recv_fds(control, 8, 2)
-        if len(size) < 8:
-            os._exit(0)
-        request = b""
-        while missing := int.from_bytes(size, "big") - len(request):
-            part = control.recv(missing)
-            if not part:
-                os._exit(0)
-            request += part
-        wanted = json.loads(request)
+        wanted, fds = _next(control)
         if "ready" in wanted:
             control.sendall(bytes(8))
             continue
@@ -91,6 +83,17 @@ def serve(target: Sequence[str]) -> None:
             return
         for fd in fds:
             os.close(fd)
+
+
+def _next(control: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """What the shepherd wants next, and the descriptors that come with it."""
+    asked, fds, _, _ = socket.recv_fds(control, 1, 3)
+    if not asked:
+        os._exit(0)
+    wish, *rest = fds
+    with os.fdopen(wish, "rb") as file:
+        file.seek(0)
+        return json.load(file), rest
 
 
 def libraries() -> list[str]:

@@ -89,6 +89,20 @@ def missing() -> str:
     return ""
 
 
+def _forget_hosts(hosts: Path) -> None:
+    """Take the nodes out of the machine's hosts, of which nothing else is to be lost."""
+    lines = hosts.read_text().splitlines()
+    kept = "".join(f"{line}\n" for line in lines if _HOSTS_MARK not in line)
+    aside = hosts.with_name(".hosts.hpcft-lab")
+    aside.write_text(kept)
+    shutil.copymode(hosts, aside)
+    try:
+        aside.replace(hosts)
+    except OSError:  # a mount, as in a container
+        hosts.write_text(kept)
+        aside.unlink()
+
+
 def _path() -> str:
     return os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 
@@ -165,9 +179,7 @@ class Cluster:
             _run("ip", "link", "del", f"hl-{node}", check=False)
             _run("ip", "netns", "del", f"hpcft-{node}", check=False)
         _run("ip", "link", "del", BRIDGE, check=False)
-        hosts = Path("/etc/hosts")
-        kept = [line for line in hosts.read_text().splitlines() if _HOSTS_MARK not in line]
-        hosts.write_text("\n".join(kept) + "\n")
+        _forget_hosts(Path("/etc/hosts"))
         shutil.rmtree(HOME, ignore_errors=True)
 
     def _known_nodes(self) -> list[str]:
