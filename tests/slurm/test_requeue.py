@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -119,3 +122,22 @@ def test_the_templates_of_arrays_gpus_and_chains(cluster: Cluster, shared_path: 
     logs = "".join(log.read_text() for log in gpu.folder.glob("hpcft-runs/*/logs/*.log"))
     seen_by = dict(line.split()[1:] for line in logs.splitlines() if line.startswith("gpu"))
     assert seen_by == {"0": "0", "1": "1", "2": "0", "3": "1"}
+
+
+def test_spares_of_another_component_of_the_job(cluster: Cluster, shared_path: Path) -> None:
+    job = Job.submit(
+        cluster,
+        shared_path,
+        *(str(TEMPLATES / "het.sbatch"), str(PROGRAM), "--steps", "40", "--pace", "0.2"),
+    )
+    job.wait_for_step(3)
+    [file] = shared_path.glob("hpcft-runs/*/ranks.json")
+    ranks = json.loads(file.read_text())["ranks"]
+    assert [rank["host"] for rank in ranks if rank["role"] == "spare"] == ["n3", "n3"]
+    os.kill(next(rank["pid"] for rank in ranks if rank["logical"] == 1), signal.SIGKILL)
+    job.wait_for_state("COMPLETED")
+    [summary] = job.summaries()
+    assert (summary["result"], summary["steps"]) == ("ok", 40)
+    assert summary["world"] == {"initial": 4, "final": 4, "spares_left": 1}
+    [failure] = summary["failures"]
+    assert (failure["ranks"], failure["action"]) == ([1], "substitute")
