@@ -67,15 +67,16 @@ async def _leave(rundir: RunDirectory, nodes: str | None, ranks: str | None) -> 
             "make room for checkpoints; end the run with `hpcft stop` and start it with fewer",
         )
     now = await _next(rundir, door)
-    print(f"{len(going)} left; {now} go on")
+    print(f"{len(going)} left; {now} processes go on")
     return 0
 
 
-async def _next(rundir: RunDirectory, before: Door) -> str:
+async def _next(rundir: RunDirectory, before: Door) -> int:
     """How many processes the next launch has."""
-    guest, door = await visit(rundir)
+    # Some of the former may still answer.
+    guest, door = await visit(rundir, before)
     await guest.leave()
-    return f"{len(door.peers)} processes" if door.launch > before.launch else "the others"
+    return len(door.peers)
 
 
 def _on(guest: Guest, nodes: str) -> set[int]:
