@@ -99,6 +99,12 @@ class Training:
         )
         assert self.process.poll() is None, f"ended before step {step}:\n{self.output}"
 
+    def mpiexec(self) -> int:
+        """The process that has started the shepherds, on one machine."""
+        shepherd = psutil.Process(self.entry(0)["pid"]).parent()
+        assert shepherd is not None
+        return shepherd.ppid()
+
     def send(self, logical: int, number: int = signal.SIGKILL) -> None:
         """Send a signal to the process that plays a logical rank."""
         os.kill(self.entry(logical)["pid"], number)

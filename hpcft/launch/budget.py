@@ -27,3 +27,8 @@ def objection(events: Sequence[Event], most: int) -> str:
     return (
         f"relaunched {'once' if times == 1 else f'{times} times'} within an hour (--max-relaunch)"
     )
+
+
+def announcement(events: Sequence[Event], most: int, ranks: int, why: str) -> str:
+    """What is said when the run with these events is relaunched with so many ranks."""
+    return f"hpcft: relaunching {ranks} ranks, {lately(events) + 1} of {most}: {why}"

@@ -308,7 +308,6 @@ class Keeper:
         events = self._rundir.events()
         if objection := budget.objection(events, most):
             raise GivenUp(code, f"{why}; {objection}")
-        lately = budget.lately(events)
         if len(hosts) < self._options.min_ranks:
             raise GivenUp(
                 code,
@@ -319,15 +318,12 @@ class Keeper:
         if vain > _VAIN or (vain and raised is not None):
             if raised is not None and self._options.verbose:
                 print(self._rundir.last_traceback(raised), file=sys.stderr, flush=True)
-            again = f"; no launch comes further than step {step}" if lately else ""
+            again = f"; no launch comes further than step {step}" if budget.lately(events) else ""
             raise GivenUp(code, why + again)
         last.note_relaunch(step, hosts)
         if self._options.verbose:
-            print(
-                f"hpcft: relaunching {len(hosts)} ranks, {lately + 1} of {most}: {why}",
-                file=sys.stderr,
-                flush=True,
-            )
+            said = budget.announcement(events, most, len(hosts), why)
+            print(said, file=sys.stderr, flush=True)
 
     async def _let_go(self) -> None:
         """Give back a place in MPI, and end what has lent it."""

@@ -236,11 +236,8 @@ def _relaunch(options: RunOptions, rundir: RunDirectory, reason: str, tasks: int
     rundir.summary_file.unlink(missing_ok=True)
     rundir.append([Event("relaunch", step, tuple(range(tasks)), detail=detail)])
     if options.verbose:
-        print(
-            f"hpcft: relaunching {tasks} ranks, {budget.lately(events) + 1} of "
-            f"{options.max_relaunch}: {reason}",
-            file=sys.stderr,
-        )
+        said = budget.announcement(events, options.max_relaunch, tasks, reason)
+        print(said, file=sys.stderr)
     return ""
 
 

@@ -293,8 +293,7 @@ def test_whatever_ends_the_launcher_nothing_is_left(launch: Launch, number: int)
 def test_if_mpiexec_is_killed_that_is_said_and_nothing_is_left(launch: Launch) -> None:
     run = launch("--nproc", "2", program=["--steps", "100000"])
     run.wait_for_step(5)
-    shepherd = psutil.Process(run.entry(0)["pid"]).parent()
-    os.kill(shepherd.ppid(), signal.SIGKILL)
+    os.kill(run.mpiexec(), signal.SIGKILL)
     summary = run.finish(code=137)
     assert summary["result"] == "failed"
     assert "mpiexec ended with exit code 137" in summary["reason"]
@@ -306,9 +305,8 @@ def test_if_mpiexec_is_killed_that_is_said_and_nothing_is_left(launch: Launch) -
 def test_an_mpiexec_that_does_not_end_is_ended(launch: Launch, fails: bool) -> None:
     run = launch("--nproc", "2", "--on-failure", "substitute")
     run.wait_for_step(20)
-    shepherd = psutil.Process(run.entry(0)["pid"]).parent()
     # It has been seen to lock itself out while it took in the last tasks.
-    os.kill(shepherd.ppid(), signal.SIGSTOP)
+    os.kill(run.mpiexec(), signal.SIGSTOP)
     if fails:
         run.send(1)
     summary = run.finish(code=3 if fails else 0)

@@ -24,23 +24,18 @@ def checkpointed(path: Path) -> list[str]:
     return ["--ckpt-dir", str(path / "checkpoints"), "--ckpt-every", "5"]
 
 
-def kill_mpiexec(run: Training) -> None:
-    shepherd = psutil.Process(run.entry(0)["pid"]).parent()
-    os.kill(shepherd.ppid(), signal.SIGKILL)
-
-
 def test_without_shepherds_the_launcher_starts_all_again(launch: Launch, tmp_path: Path) -> None:
     options = [*checkpointed(tmp_path), "--max-relaunch", "2"]
     run = launch("--nproc", "2", *options, program=["--steps", "100000"])
     run.wait_for_step(8)
-    kill_mpiexec(run)
+    os.kill(run.mpiexec(), signal.SIGKILL)
     launched(run, 2)
     run.wait_for_step(run.step() + 5)
     # The budget is one, whoever relaunches.
     kill_all(run)
     launched(run, 3)
     run.wait_for_step(run.step() + 5)
-    kill_mpiexec(run)
+    os.kill(run.mpiexec(), signal.SIGKILL)
     summary = run.finish(code=137)
     assert not family(run.run_dir)
     reasons = [relaunch["reason"] for relaunch in summary["relaunches"]]
