@@ -153,7 +153,9 @@ class _Launcher:
                 if deadline and time.monotonic() > deadline:
                     process.kill()
         _clear_up()
-        if self._asked or (self._wished and code == 128 + signal.SIGUSR1):
+        # By the signal that was passed on, or by what mpiexec ends the others with.
+        signalled = code in (128 + signal.SIGUSR1, 128 + signal.SIGTERM)
+        if self._asked or (self._wished and signalled):
             return 128 + (self._asked or self._wished)[0]
         if code < 0 and deadline:
             return tasks.code

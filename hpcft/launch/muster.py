@@ -175,9 +175,7 @@ class Muster:
             if time.monotonic() > deadline + _READY_TIME:
                 raise GivenUp(4, "the other shepherds do not answer")
             await self._wait(0.1)
-        # There are two if the first to call has been lost meanwhile; the other will not come far.
-        members: list[int] = launch[max(launch)]["members"]
-        return members
+        return _members(launch)
 
     def _check_end(self) -> None:
         for said in self._company.said("end").values():
@@ -228,7 +226,7 @@ class Muster:
         accepting = asyncio.ensure_future(loop.sock_accept(listening))
         try:
             while not accepting.done():
-                self._check(members, deadline)
+                self._check(deadline)
                 await asyncio.wait({accepting}, timeout=0.1)
             connection, _ = accepting.result()
         finally:
@@ -249,15 +247,32 @@ class Muster:
             connection,
         )
 
-    def _check(self, members: list[int], deadline: float) -> None:
+    def _check(self, deadline: float) -> None:
         """Raise if this launch has come to nothing."""
         self._check_end()
-        if self._company.said(f"failed {self._number}"):
-            raise ConnectionError("another shepherd has found that it comes to nothing")
-        if not set(members) <= self._company.expected():
-            raise ConnectionError("a shepherd has been lost meanwhile")
+        if problem := undone(self._company, self._number):
+            raise ConnectionError(problem)
         if time.monotonic() > deadline:
             raise ConnectionError(f"nothing has lent a place for {_TICKET_TIME:g} s")
+
+
+def undone(company: Company, number: int) -> str:
+    """Why launch ``number``, which was called, comes to nothing; empty if it may come to something.
+
+    Those who are to leave before the one after it are in it all the same.
+    """
+    if company.said(f"failed {number}"):
+        return "another shepherd is lost, or its rank did not start"
+    members = set(_members(company.said(f"launch {number}")))
+    if not members <= company.standing() | company.guests().keys():
+        return "a shepherd has been lost meanwhile"
+    return ""
+
+
+def _members(launch: dict[int, Message]) -> list[int]:
+    # There are two if the first to call has been lost meanwhile; the other will not come far.
+    members: list[int] = launch[max(launch)]["members"]
+    return members
 
 
 async def _lent(connection: socket.socket) -> dict[str, str]:

@@ -42,6 +42,7 @@ from hpcft.launch.departure import Departures
 from hpcft.launch.door import Door, Doorkeeper
 from hpcft.launch.fleet import Fleet, Listener
 from hpcft.launch.link import Link
+from hpcft.launch.muster import undone
 from hpcft.launch.options import RunOptions, Sizes
 from hpcft.launch.outcome import Outcome
 from hpcft.launch.place import Place, Task
@@ -188,7 +189,9 @@ class Shepherd:
         for number in ENDS + WARNINGS:
             loop.add_signal_handler(number, self._signalled, number)
         if self._former:
-            self._former.on_fact = self._learned_formerly
+            self._former.on_fact = self._check_former
+            # What they have said since this was called.
+            self._check_former()
         if self._ticket:
             loop.add_reader(self._ticket, self._place_lost)
         self._tasks.append(asyncio.ensure_future(self._start_rank()))
@@ -304,15 +307,15 @@ class Shepherd:
         if self._former:
             self._end(_TOO_MUCH, "mpiexec or srun has ended while it relaunched", again=True)
 
-    def _learned_formerly(self, fact: Message) -> None:
-        """While this launch is starting, what the shepherds of the former one say."""
-        if self.fleet:
+    def _check_former(self, _: Message | None = None) -> None:
+        """While this launch is starting: whether those of the former one have called it off."""
+        if self.fleet or self._former is None:
             return
-        if fact["fact"] == "end":
+        for said in self._former.said("end").values():
             self._final = True
-            self._start_failed(fact["reason"], fact["code"])
-        elif fact["fact"] in (f"failed {self._number}", "lost", "gone"):
-            self._start_failed("another shepherd is lost, or its rank did not start")
+            self._start_failed(said["reason"], said["code"])
+        if problem := undone(self._former, self._number):
+            self._start_failed(problem)
 
     async def _await_reaping(self) -> None:
         """Wait a moment for the child's end: the others want to know its cause."""
