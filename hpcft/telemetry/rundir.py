@@ -7,6 +7,7 @@
     status.json    how far it is, renewed every second
     summary.json   written at the end
     door.json      how to join it, as long as it trains; its user alone can read that
+    laps/          how the ranks spend their steps, rank-<world rank>.jsonl (hpcft.telemetry.laps)
     logs/          stdout and stderr of every process, rank-<world rank>.log
     called-off-*   only where ranks did not start: the launch it names has failed
 """
@@ -57,6 +58,10 @@ class RunDirectory:
         """Where process ``world``'s output goes."""
         return self.path / "logs" / f"rank-{world}.log"
 
+    @property
+    def laps_folder(self) -> Path:
+        return self.path / "laps"
+
     def create(self, size: int, launch: str) -> None:
         """Make the directory, and clear what a former run left under the names above.
 
@@ -72,6 +77,7 @@ class RunDirectory:
         (self.path / "logs").mkdir(parents=True, exist_ok=True)
         own = {self.log_file(world) for world in range(size)}
         former = set((self.path / "logs").glob("rank-*.log")) - own
+        former |= set(self.laps_folder.glob("rank-*.jsonl"))
         former |= set(self.path.glob("called-off-*")) - {self._called_off_file(launch)}
         own_files = (self.ranks_file, self.events_file, self.status_file, self.summary_file)
         for file in (*own_files, self.door_file, *former):

@@ -83,6 +83,7 @@ class Job:
         self._options = lasting.session.options
         self._world = lasting.session.world
         self._teller = lasting.teller
+        self._pace = lasting.pace
         self._repetition = lasting.repetition
         self._checkpoints = lasting.checkpoints
         self._seed = seed
@@ -218,6 +219,7 @@ class Job:
         self._step_seed = random.Random(f"{self._seed} {self.rank} {state.step}").getrandbits(63)
         self._seed_generators()
         self._seeded_forward = False
+        self._pace.begin()
 
     def _seed_generators(self) -> None:
         # Not torch.manual_seed, which formats a stack trace for each accelerator not in use.
@@ -296,6 +298,7 @@ class Job:
         assert self._savepoint is not None
         self._savepoint.renew()
         self._world.progress.step(state.step)
+        self._pace.committed(state.step, metrics)
         self._teller.stepped(state.step, self.size, metrics)
         if not self._buckets.settled:
             self._buckets.settle()
@@ -306,6 +309,7 @@ class Job:
         if link := self._world.link:
             for departure in link.departures.asked():
                 self._leave_or_go_on(state, departure)
+        self._pace.ended()
         self._begin_step(state)
 
     def _leave_or_go_on(self, state: State, departure: Departure) -> None:
@@ -559,6 +563,7 @@ class Job:
         world, link = self._world, self._world.link
         assert link is not None
         self.group.revoke()
+        self._pace.lap()
         try:
             recovery = world.recover(report, transfer, agreed)
             if self._checkpoints and world.logical == 0:
@@ -593,6 +598,7 @@ class Job:
         if link:
             link.departures.wait()
         self._world.progress.run(False)
+        self._pace.close()
         if self._checkpoints and self._world.logical == 0:
             self._checkpoints.close()
         if link:

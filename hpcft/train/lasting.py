@@ -6,7 +6,9 @@ from pathlib import Path
 
 from hpcft.ckpt.lock import Lock
 from hpcft.ckpt.policy import Policy
+from hpcft.telemetry.rundir import RunDirectory
 from hpcft.train.checkpoints import Checkpoints
+from hpcft.train.pace import Pace
 from hpcft.train.teller import Teller
 from hpcft.world.repetition import Repetition
 from hpcft.world.session import Session
@@ -19,6 +21,7 @@ class Lasting:
     ----------
     session: the world.
     teller: tells the user.
+    pace: writes down where this process's time goes.
     repetition: notices failures that are no good healing.
     checkpoints: saves and restores; None if the user wants none.
     """
@@ -28,6 +31,9 @@ class Lasting:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.teller = Teller(session)
+        run_dir = session.options.get("run_dir")
+        laps = RunDirectory(Path(run_dir)).laps_folder if run_dir else None
+        self.pace = Pace(laps, session.world)
         self.repetition = Repetition(session.world)
         world, self.checkpoints = session.world, None
         if wanted := session.options["checkpoints"]:

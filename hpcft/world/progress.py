@@ -16,6 +16,7 @@ import ctypes
 import mmap
 import os
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -58,6 +59,10 @@ class Progress:
     Parameters
     ----------
     fd: a file of at least a page; :meth:`create` makes one.
+
+    Attributes
+    ----------
+    waited: seconds that this process has spent in calls that may wait for another rank.
     """
 
     def __init__(self, fd: int) -> None:
@@ -69,6 +74,8 @@ class Progress:
         self._step = 0
         self._calls = 0
         self._depth = 0
+        self.waited = 0.0
+        self._entered = 0.0
         self._mending = 0
 
     @classmethod
@@ -115,6 +122,7 @@ class Progress:
         """A call that may wait for another rank begins. Calls may nest."""
         self._depth += 1
         if self._depth == 1:
+            self._entered = time.monotonic()
             self._calls += 1
             self._write()
 
@@ -122,6 +130,7 @@ class Progress:
         """It is over."""
         self._depth -= 1
         if self._depth == 0:
+            self.waited += time.monotonic() - self._entered
             self._calls += 1
             self._write()
 

@@ -15,6 +15,8 @@ import psutil
 import pytest
 from training import PROGRAM, Training, family, kill_at_start, wait_for
 
+from hpcft.telemetry import laps
+
 Launch = Callable[..., Training]
 
 pytestmark = pytest.mark.mpi
@@ -48,6 +50,12 @@ def test_killed_ranks_are_replaced_and_nothing_changes(launch: Launch, undisturb
     assert all({"time", "step", "ranks", "epoch"} <= event.keys() for event in run.events())
     assert [e["role"] for e in run.ranks()] == ["active"] * 3
     assert not memory.exists()
+    # Where the time went is known of the ranks there are at the end, from the last recovery on.
+    last = [event for event in run.events() if event["kind"] == "resume"][-1]
+    for rank in range(3):
+        known = [lap for lap in laps.read(run.run_dir / "laps") if lap.rank == rank]
+        steps = [n for lap in known if lap.epoch == 3 for n in range(lap.first, lap.last + 1)]
+        assert steps == list(range(last["step"] + 1, summary["steps"] + 1))
 
 
 def test_killed_in_the_middle_of_a_step(launch: Launch, undisturbed: str) -> None:

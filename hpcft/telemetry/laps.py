@@ -1,0 +1,103 @@
+"""How the ranks spend their steps: one JSON object a lap in ``laps/rank-<world rank>.jsonl``.
+
+A lap is some steps in a row of one process, of the same membership. Laps are short at first and
+grow with the time that a process has trained, up to a minute, so that a run of seconds can be
+looked at closely and one of weeks leaves some megabytes a rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+#: Buckets of a histogram to each doubling of the time: 9 % from one to the next.
+_TO_A_DOUBLING = 8
+
+
+def bucket(seconds: float) -> int:
+    """The bucket that a time falls into."""
+    return math.floor(_TO_A_DOUBLING * math.log2(max(seconds, 1e-9)))
+
+
+def middle(number: int) -> float:
+    """The time in the middle of a bucket, in seconds."""
+    return float(2 ** ((number + 0.5) / _TO_A_DOUBLING))
+
+
+@dataclass(frozen=True)
+class Lap:
+    """Some steps of one process.
+
+    world: the process's number in its launch, as in the names of logs.
+    rank: its logical rank.
+    epoch: the membership's epoch in that launch.
+    first, last: numbers of the first step and the last; a step has the number that ``state.step``
+        has when it is committed.
+    began, ended: seconds since 1970.
+    compute: seconds that went on neither of the following, all steps together.
+    waiting: seconds inside collectives and other calls that may wait for another rank.
+    saving: seconds at the end of steps, for checkpoints and for leaving in order.
+    buckets: number of steps by the :func:`bucket` of their ``compute``.
+    metrics: what the script has given the last step's ``state.commit``.
+    """
+
+    world: int
+    rank: int
+    epoch: int
+    first: int
+    last: int
+    began: float
+    ended: float
+    compute: float
+    waiting: float
+    saving: float
+    buckets: dict[int, int]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        return self.last - self.first + 1
+
+
+def append(folder: Path, laps: Iterable[Lap]) -> None:
+    """Add laps to their processes' files.
+
+    Raises
+    ------
+    OSError: they cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for lap in laps:
+        text = json.dumps(asdict(replace(lap, metrics=_finite(lap.metrics))))
+        with open(folder / f"rank-{lap.world}.jsonl", "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+
+def read(folder: Path) -> list[Lap]:
+    """All laps of a run in the order of their ends; none if there are none.
+
+    A line that was cut short, by a full disk or the process's death, is passed over.
+    """
+    laps = [lap for file in folder.glob("rank-*.jsonl") for lap in _of_file(file)]
+    return sorted(laps, key=lambda lap: lap.ended)
+
+
+def _of_file(file: Path) -> Iterator[Lap]:
+    if not re.fullmatch(r"rank-\d+\.jsonl", file.name):
+        return
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            content = json.loads(line)
+            content["buckets"] = {int(key): count for key, count in content["buckets"].items()}
+            yield Lap(**content)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, float]:
+    """Without what JSON cannot say."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
