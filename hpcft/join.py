@@ -42,7 +42,9 @@ def _join(rundir: RunDirectory) -> int:
     door = asyncio.run(_look(rundir))
     os.chdir(door.cwd)
     here = sum(peer.host == task.place.host for peer in door.peers)
-    task = replace(task, number_here=here, ranks_here=here + 1)
+    # The run's own are before all that have joined.
+    another = task.place.job != door.peers[0].job
+    task = replace(task, number_here=here, ranks_here=here + 1, of_another_job=another)
     return keep(parse([*door.argv]), task, Sizes(*door.sizes), Keeper.join)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
@@ -24,6 +25,8 @@ room for them or ranks were lost; else they are spares.
     hpcft join RUN --ranks 2             two
     hpcft join RUN --nodes n5,n6         one on each of these nodes of the run's Slurm job
     hpcft join RUN --nodes n5 --ranks 4  four on this one
+    salloc -N2 hpcft join RUN            one on each node of another Slurm job, for as long as that
+                                         lasts (sbatch --wrap "hpcft join RUN" does as well)
 
 The command runs as long as its workers. Ctrl-C has them leave at the end of a step, twice at once;
 `hpcft leave` does so from elsewhere.
@@ -44,8 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--nodes",
         metavar="LIST",
-        help="of the run's Slurm job, as srun --nodelist takes them (default: all on which it has "
+        help="of the Slurm job, as srun --nodelist takes them (default: all on which the run has "
         "no rank)",
+    )
+    add(
+        "--job",
+        metavar="ID",
+        help="the Slurm job that the nodes belong to (default: the one this command is called in; "
+        "outside of any, the run's)",
     )
 
 
@@ -60,9 +69,11 @@ def run(args: argparse.Namespace) -> int:
     task = [sys.executable, "-m", "hpcft.join", str(run.rundir.path)]
     entry = run.entry
     if entry and entry.step:
-        return _follow([[*_srun(run, entry.job, args.nodes, args.ranks), *task]])
-    if args.nodes:
-        raise UsageError("--nodes is for runs that srun has started", "leave it away")
+        job = args.job or os.environ.get("SLURM_JOB_ID") or entry.job
+        return _follow([[*_srun(run, job, args.nodes, args.ranks), *task]])
+    if args.nodes or args.job:
+        option = "--nodes" if args.nodes else "--job"
+        raise UsageError(f"{option} is for runs that srun has started", "leave it away")
     if entry and not entry.here:
         raise UsageError(
             f"{view.name} runs on {entry.host} alone, and not over the network",
@@ -78,10 +89,9 @@ def _srun(run: Run, job: str, nodes: str | None, ranks: int) -> list[str]:
     wanted = slurm.expand(nodes) if nodes else [*allocated]
     if strange := sorted(set(wanted) - set(allocated)):
         raise UsageError(
-            f"{', '.join(strange)} does not belong to job {job}, in which the run is",
-            f"give it to that job first: salloc --dependency=expand:{job} --nodelist=..., and in "
-            f"there scontrol update JobId=$SLURM_JOB_ID NumNodes=0 (SchedulerParameters must have "
-            "permit_job_expansion)",
+            f"{', '.join(strange)} does not belong to job {job}",
+            "allocate it, and join from there: salloc --nodelist=... hpcft join ...; or name the "
+            "job it belongs to with --job",
         )
     if not nodes:
         used = {entry["host"] for entry in run.rundir.ranks()}

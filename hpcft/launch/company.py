@@ -21,6 +21,7 @@ class Peer:
     address, port: where it listens for the leaders of other nodes.
     courier: port at which it takes in files.
     local: name of the abstract Unix socket it listens at for its own node.
+    job: its Slurm job; empty outside of one.
     """
 
     rank: int
@@ -30,6 +31,7 @@ class Peer:
     port: int
     courier: int
     local: str
+    job: str
 
 
 class Company:
@@ -67,6 +69,13 @@ class Company:
     def hosts(self) -> dict[int, str]:
         """Where every rank is, by its name for people."""
         return {rank: peer.host for rank, peer in self._peers.items()}
+
+    def job(self, number: int) -> str:
+        """The Slurm job of a rank's shepherd, or of a guest; empty outside of one."""
+        if number in self._peers:
+            return self._peers[number].job
+        job: str = self.said("guest")[number]["job"]
+        return job
 
     def announce(self, fact: str, rank: int, **detail: object) -> None:
         """Let everybody know something about ``rank``."""

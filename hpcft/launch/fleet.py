@@ -59,6 +59,7 @@ from hpcft.launch.channel import (
     connect,
 )
 from hpcft.launch.company import GUESTS, Company, Peer
+from hpcft.launch.place import Place
 from hpcft.launch.quorum import Quorum
 
 
@@ -79,10 +80,13 @@ class Listener:
         self.unix.bind("\0" + self.name)
         self.unix.listen(1024)
 
-    def peer(self, rank: int, node: str, host: str) -> Peer:
-        """This shepherd's line in the table."""
+    def peer(self, place: Place) -> Peer:
+        """The line in the table of the shepherd at this place."""
         address, port = self.tcp.getsockname()
-        return Peer(rank, node, host, address, port, self.courier.getsockname()[1], self.name)
+        courier = self.courier.getsockname()[1]
+        return Peer(
+            place.rank, place.node, place.host, address, port, courier, self.name, place.job
+        )
 
 
 def _listening(address: str) -> socket.socket:

@@ -74,7 +74,7 @@ class Keeper:
         #: What lends the rank its place in MPI, and what has started that, in all launches but the
         #: first.
         self._ticket: socket.socket | None = None
-        self._launcher: subprocess.Popen[bytes] | None = None
+        self._launchers: list[subprocess.Popen[bytes]] = []
 
     async def run(self) -> int:
         """Look after the task's rank until the run is over.
@@ -113,7 +113,8 @@ class Keeper:
                 # Nobody is to wait for what can be done before.
                 self._warm.learn(door.modules)
                 await self._warm.ready()
-                guest.announce("guest", guest.rank, host=self._task.place.host)
+                place = self._task.place
+                guest.announce("guest", guest.rank, host=place.host, job=place.job)
                 try:
                     code = await self._enter(door.launch, guest)
                 except LeftOut:
@@ -259,7 +260,7 @@ class Keeper:
                 print(f"hpcft: rank {rank}: {error}", file=sys.stderr, flush=True)
             return None
         finally:
-            self._launcher = muster.launcher
+            self._launchers = muster.launchers
             if not resized:
                 self._vain = 0 if muster.furthest > self._furthest else self._vain + 1
                 self._furthest = max(self._furthest, muster.furthest)
@@ -327,13 +328,13 @@ class Keeper:
 
     async def _let_go(self) -> None:
         """Give back a place in MPI, and end what has lent it."""
-        ticket, launcher = self._ticket, self._launcher
-        self._ticket = self._launcher = None
+        ticket, launchers = self._ticket, self._launchers
+        self._ticket, self._launchers = None, []
         if ticket:
             ticket.close()
-        if launcher:
-            # Its tasks end when all have been given back.
-            deadline = time.monotonic() + _LAUNCHER_TIME
+        # Its tasks end when all have been given back, and its daemons with it.
+        deadline = time.monotonic() + _LAUNCHER_TIME
+        for launcher in launchers:
             while launcher.poll() is None and time.monotonic() < deadline:
                 await asyncio.sleep(0.01)
             with contextlib.suppress(ProcessLookupError):

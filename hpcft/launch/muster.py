@@ -27,9 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpcft.errors import HpcftError
-from hpcft.launch import openmpi, ticket
+from hpcft.launch import daemons, openmpi, ticket
 from hpcft.launch.channel import Message
 from hpcft.launch.company import Company
+from hpcft.launch.daemons import Daemons, without_mpi
 from hpcft.launch.place import Task
 from hpcft.slurm.step import overlapping
 
@@ -38,7 +39,7 @@ _READY_TIME = 20.0
 #: Seconds in which the task that lends its place must come.
 _TICKET_TIME = 60.0
 #: What makes a process a task of a launch, and of one only.
-_IDENTITY = ("PMIX_", "PRTE_", "OMPI_", "SLURM_")
+_IDENTITY = ("PMIX_", "PRTE_", "OMPI_")
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,10 @@ class Muster:
         self._decide = decide
         self._folder = folder
         self._news = asyncio.Event()
-        self.launcher: subprocess.Popen[bytes] | None = None
+        self._daemons: Daemons | None = None
+        #: mpiexec or srun, and the former's daemon on this node.
+        self.launchers: list[subprocess.Popen[bytes]] = []
+        self._has_daemon = False
 
     @property
     def furthest(self) -> int:
@@ -141,6 +145,9 @@ class Muster:
             except (OSError, ValueError, asyncio.TimeoutError):
                 self._company.announce(f"failed {self._number}", self._company.rank)
                 raise
+            finally:
+                if self._daemons:
+                    self._daemons.close()
 
     @property
     def _hosts(self) -> dict[int, str]:
@@ -170,7 +177,7 @@ class Muster:
             late = time.monotonic() > deadline
             lowest = min(standing - self._company.retiring(), default=-1)
             if lowest == self._company.rank and (expected <= ready or late):
-                self._call(sorted(expected & ready))
+                await self._call(sorted(expected & ready))
                 continue
             if time.monotonic() > deadline + _READY_TIME:
                 raise GivenUp(4, "the other shepherds do not answer")
@@ -185,34 +192,44 @@ class Muster:
         if self._company.gone:
             raise ConnectionError("the shepherd that this guest was connected to is gone")
 
-    def _call(self, members: list[int]) -> None:
+    async def _call(self, members: list[int]) -> None:
         """Decide for all, and start what lends them their places."""
         try:
             self._decide(self.furthest, {rank: self._hosts[rank] for rank in members})
             names = [self._ready[rank]["ticket"] for rank in members]
-            self.launcher = self._start(members, names)
+            self.launchers.append(await self._start(members, names))
         except (OSError, HpcftError, GivenUp) as error:
             code = error.code if isinstance(error, GivenUp) else 1
             self._company.announce("end", self._company.rank, code=code, reason=str(error))
             raise GivenUp(code, str(error)) from error
         self._company.announce(f"launch {self._number}", self._company.rank, members=members)
 
-    def _start(self, members: list[int], names: list[str]) -> subprocess.Popen[bytes]:
+    def _across(self, members: list[int]) -> bool:
+        """Whether they are in several Slurm jobs, or some outside of them all."""
+        return len({self._company.job(rank) for rank in members}) > 1
+
+    async def _start(self, members: list[int], names: list[str]) -> subprocess.Popen[bytes]:
         tasks = [sys.executable, "-ISE", ticket.__file__, *names]
-        environ = dict(os.environ)
-        if self._task.step:
-            hosts = self._folder / f"hosts-{self._number}"
-            hosts.write_text("".join(f"{self._hosts[rank]}\n" for rank in members))
+        environ = without_mpi(os.environ)
+        if self._across(members):
+            where = {rank: self._hosts[rank] for rank in members}
+            self._daemons = Daemons(self._company, self._number, where, self._folder)
+            shell = await self._daemons.listen()
+            hosts = [self._hosts[rank] for rank in members]
+            command = openmpi.command_across(
+                openmpi.find_mpiexec(), hosts, self._folder, shell, self._task.interface
+            )
+        elif self._task.step:
+            file = self._folder / f"hosts-{self._number}"
+            file.write_text("".join(f"{self._hosts[rank]}\n" for rank in members))
             command = overlapping(len(members))
-            environ["SLURM_HOSTFILE"] = str(hosts)
+            environ["SLURM_HOSTFILE"] = str(file)
             # Else srun believes that the job has no nodes but those of the step this is a task of.
             nodes = sorted({self._hosts[rank] for rank in members})
             environ["SLURM_JOB_NODELIST"] = environ["SLURM_NODELIST"] = ",".join(nodes)
             environ["SLURM_JOB_NUM_NODES"] = environ["SLURM_NNODES"] = str(len(nodes))
         else:
             command = openmpi.command(openmpi.find_mpiexec(), len(members), self._folder)
-        for name in [n for n in environ if n.startswith(("PMIX_", "PRTE_", "OMPI_COMM"))]:
-            del environ[name]
         return subprocess.Popen(
             [*command, *tasks],
             env=environ,
@@ -227,12 +244,13 @@ class Muster:
         try:
             while not accepting.done():
                 self._check(deadline)
+                self._start_daemon()
                 await asyncio.wait({accepting}, timeout=0.1)
             connection, _ = accepting.result()
         finally:
             accepting.cancel()
         try:
-            environ = _merged(os.environ, await _lent(connection))
+            environ = _merged(os.environ, await _lent(connection), self._across(members))
         except BaseException:
             connection.close()
             raise
@@ -246,6 +264,14 @@ class Muster:
             environ,
             connection,
         )
+
+    def _start_daemon(self) -> None:
+        """Start mpiexec's daemon on this node, if this shepherd is the one to do that."""
+        if self._has_daemon:
+            return
+        if daemon := daemons.start(self._company, self._number, self._folder):
+            self._has_daemon = True
+            self.launchers.append(daemon)
 
     def _check(self, deadline: float) -> None:
         """Raise if this launch has come to nothing."""
@@ -293,8 +319,14 @@ async def _lent(connection: socket.socket) -> dict[str, str]:
     return environ
 
 
-def _merged(own: Mapping[str, str], lent: Mapping[str, str]) -> dict[str, str]:
-    """This task's environment, with another's place in MPI."""
-    mine = {name: value for name, value in own.items() if not name.startswith(_IDENTITY)}
-    theirs = {name: value for name, value in lent.items() if name.startswith(_IDENTITY)}
+def _merged(own: Mapping[str, str], lent: Mapping[str, str], across: bool) -> dict[str, str]:
+    """This task's environment, with another's place in MPI.
+
+    Parameters
+    ----------
+    across: that was lent by mpiexec for several Slurm jobs, of which this task remains in its own.
+    """
+    identity = _IDENTITY if across else (*_IDENTITY, "SLURM_")
+    mine = {name: value for name, value in own.items() if not name.startswith(identity)}
+    theirs = {name: value for name, value in lent.items() if name.startswith(identity)}
     return mine | theirs

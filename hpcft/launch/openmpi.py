@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,12 +55,42 @@ def command(mpiexec: Path, ranks: int, scratch: Path) -> list[str]:
     ----------
     scratch: a directory for mpiexec's own files.
     """
-    start = [str(mpiexec), "--with-ft", "ulfm", "--allow-run-as-root", "-n", str(ranks)]
     # Here, even where there is an allocation to read and srun to start daemons with.
-    start += ["--prtemca", "ras", "^slurm", "--prtemca", "plm", "^slurm"]
-    start += ["--prtemca", "prte_tmpdir_base", str(scratch)]
+    return [*_start(mpiexec, ranks, scratch), "--prtemca", "plm", "^slurm", *_placed("")]
+
+
+def command_across(
+    mpiexec: Path, hosts: Sequence[str], scratch: Path, shell: str, interface: str | None
+) -> list[str]:
+    """The start of a command that starts a rank on each of these hosts, in this order.
+
+    Parameters
+    ----------
+    hosts: some may be named more than once.
+    scratch: a directory for mpiexec's own files.
+    shell: a command that takes a host and a command, as ssh does; without spaces in its words.
+    interface: interface or CIDR that mpiexec and its daemons are to use; None leaves it to them.
+    """
+    file = scratch / "mpiexec-hosts"
+    file.write_text("".join(f"{host}\n" for host in hosts))
+    start = _start(mpiexec, len(hosts), scratch)
+    start += ["--prtemca", "plm", "ssh", "--prtemca", "plm_ssh_agent", shell]
+    # Daemons start no others, for the shell is on this host alone.
+    start += ["--prtemca", "plm_ssh_no_tree_spawn", "1"]
+    if interface:
+        start += ["--prtemca", "prte_if_include", interface]
+    return [*start, "--hostfile", str(file), *_placed("seq")]
+
+
+def _start(mpiexec: Path, ranks: int, scratch: Path) -> list[str]:
+    start = [str(mpiexec), "--with-ft", "ulfm", "--allow-run-as-root", "-n", str(ranks)]
+    start += ["--prtemca", "ras", "^slurm"]
+    return [*start, "--prtemca", "prte_tmpdir_base", str(scratch)]
+
+
+def _placed(by: str) -> list[str]:
     # The ranks share the processors as they come; where there are too few, they give way.
-    return [*start, "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
+    return ["--map-by", f"{by}:OVERSUBSCRIBE", "--bind-to", "none"]
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class Place:
     node: key of the node.
     host: name of the node for people.
     address: address of the node that the others reach.
+    job: the Slurm job; empty outside of one.
     """
 
     rank: int
@@ -34,6 +35,7 @@ class Place:
     node: str
     host: str
     address: str
+    job: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Task:
     prefix: where Open MPI is installed, None if it knows itself.
     step: the Slurm step, if srun is the launcher.
     joined: it was started to join a run that is under way.
+    of_another_job: that is another Slurm job's.
     """
 
     place: Place
@@ -58,6 +61,7 @@ class Task:
     prefix: Path | None
     step: Step | None = None
     joined: bool = False
+    of_another_job: bool = False
 
     @property
     def launch(self) -> str:
@@ -154,7 +158,7 @@ def _slurm_task(step: Step, environ: Mapping[str, str]) -> Task:
             f"there is no way from {step.host} to srun at {step.launcher}: {error}",
             "check the node's network",
         ) from error
-    place = Place(step.task, step.tasks, step.host, step.host, address)
+    place = Place(step.task, step.tasks, step.host, step.host, address, step.job)
     return Task(
         place,
         "srun",

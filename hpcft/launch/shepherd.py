@@ -269,7 +269,8 @@ class Shepherd:
         if code not in (0, INTERRUPTED):
             deaths, reason = self.outcome.deaths(), self.outcome.why()
             self._chronicle.failed(reason, deaths, self._as_launched(), self._near)
-        if self._scheduler and self._options.most_requeues is not None:
+        ours = not self._task.of_another_job
+        if self._scheduler and ours and self._options.most_requeues is not None:
             self._scheduler.concluded(code, self._options.most_requeues, self.lost)
         if code == INTERRUPTED and self._handed_over:
             self._chronicle.interrupted(self.outcome.wish, self.step)
@@ -386,7 +387,7 @@ class Shepherd:
             return
         loop = asyncio.get_running_loop()
         threading.Thread(target=self._await_end, args=(loop,), daemon=True).start()
-        peer = self._listener.peer(place.rank, place.node, place.host)
+        peer = self._listener.peer(place)
         self._link.tell({"kind": "peer", "peer": vars(peer)})
 
     async def _rank_table(self, message: Message) -> None:
@@ -587,7 +588,8 @@ class Shepherd:
             if self._another():
                 self._asked_to_end(number)
             return
-        if self._task.joined and self.fleet and number in ENDS:
+        if self._task.joined and self.fleet and (number in ENDS or self._task.of_another_job):
+            # Another job's end is not the run's.
             self._retire(number)
             return
         begun = self.fleet is not None and not self._agreed

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from cluster import SRUN, Cluster
-from training import PROGRAM, Training, wait_for
+from training import PROGRAM, Training, kill_all, launched, wait_for
 
 pytestmark = pytest.mark.slurm
 
@@ -56,3 +56,47 @@ def test_nodes_join_leave_and_are_drained(
     assert summary["world"]["final"] == 2
     joined.wait(30)
     run.process.wait(30)
+
+
+def test_nodes_of_another_job_join_and_outlive_the_run_s_own(
+    cluster: Cluster, shared_path: Path, undisturbed: str
+) -> None:
+    go = shared_path / "go"
+    words = [*SRUN, "-N2", "-wn1,n2", "--exclusive"]
+    run = Training(
+        shared_path / "run",
+        ["--nproc", "2:3", "--ckpt-dir", str(shared_path / "checkpoints"), "--ckpt-near", "1"],
+        [str(PROGRAM), "--pace", "0.1", "--until", str(go)],
+        cluster.command(words),
+        cluster.environ(),
+    ).start()
+    run.wait_for_step(3)
+    refused = cluster.run(*HPCFT, "join", str(run.run_dir), "--nodes", "n3")
+    assert refused.returncode == 2
+    assert "n3 does not belong to job" in refused.stderr
+    joined = cluster.start(
+        *("salloc", "-N2", "-wn3,n4", "--exclusive", *HPCFT, "join", str(run.run_dir)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    wait_for("n3 and n4", lambda: hosts(run) == {"n1", "n2", "n3", "n4"}, 90)
+    assert [entry["role"] for entry in run.ranks()] == ["active"] * 3 + ["spare"]
+    run.wait_for_step(run.step() + 5)
+    # In place, as ever: the spare takes over.
+    cluster.kill_node("n2")
+    wait_for("n4 to train", lambda: [e["host"] for e in run.ranks()] == ["n1", "n4", "n3"])
+    run.wait_for_step(run.step() + 5)
+    # All ranks are lost: those that are left are launched across both jobs once more.
+    kill_all(run)
+    launched(run, 3)
+    run.wait_for_step(run.step() + 5)
+    assert hosts(run) == {"n1", "n3", "n4"}
+    step = run.step()
+    go.write_text(str(step + 20))
+    joined.wait(60)
+    run.process.wait(60)
+    summary = run.summary()
+    assert summary["result"] == "ok", run.output
+    assert summary["steps"] == step + 20
+    assert [resize["reason"] for resize in summary["resizes"]] == ["n3 and n4 join"]
+    assert joined.returncode == 0, joined.stdout and joined.stdout.read()

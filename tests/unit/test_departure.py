@@ -125,7 +125,7 @@ class Pair(Company):
     """Two shepherds, of which this is the first; facts come to it by :meth:`announce`."""
 
     def __init__(self) -> None:
-        peers = [Peer(rank, "a", "a", "", 0, 0, "") for rank in range(2)]
+        peers = [Peer(rank, "a", "a", "", 0, 0, "", "") for rank in range(2)]
         super().__init__(0, peers, lambda fact: None)
 
     def _learn(self, fact: Message, origin: Connection | None) -> None:

@@ -6,13 +6,17 @@ import asyncio
 
 from hpcft.launch.cause import Death
 from hpcft.launch.fleet import Fleet, Listener
+from hpcft.launch.place import Place
 
 SECRET = b"secret"
 
 
 async def _pair() -> list[Fleet]:
     listeners = [Listener("127.0.0.1") for _ in range(2)]
-    peers = [listener.peer(rank, "a", "a") for rank, listener in enumerate(listeners)]
+    peers = [
+        listener.peer(Place(rank, 2, "a", "a", "127.0.0.1"))
+        for rank, listener in enumerate(listeners)
+    ]
     fleets = [
         Fleet(rank, peers, 30.0, lambda fact: None, lambda hold: None, lambda reason: None)
         for rank in range(2)
