@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from hpcft.slurm import scontrol
+from hpcft.slurm import nodes, queue, scontrol
 from hpcft.slurm.scontrol import fields, seconds
 
 #: Begins the comments that are ours to replace.
@@ -76,17 +77,27 @@ class Job:
         """
         scontrol.tell("requeue", self.number)
 
-    def exclude(self, hosts: list[str]) -> None:
+    def exclude(self, hosts: Collection[str]) -> list[str]:
         """Have the job, which waits, not run on these nodes, besides where it does not run anyway.
+
+        Returns
+        -------
+        Those it does not run on: fewer than were named if too few others would be left for it, for
+        then it would wait for ever.
 
         Raises
         ------
         Refused: that is not to be.
         """
-        shown = scontrol.ask("--oneliner", "show", "job", self.number)
-        before = fields(shown.partition("\n")[0]).get("ExcNodeList", "(null)")
-        names = [name for name in (before, *sorted(hosts)) if name and name != "(null)"]
-        scontrol.tell("update", f"JobId={self.number}", f"ExcNodeList={','.join(names)}")
+        shown = fields(scontrol.ask("--oneliner", "show", "job", self.number).partition("\n")[0])
+        before = shown.get("ExcNodeList", "(null)")
+        listed = "" if before == "(null)" else before
+        wanted = int(shown.get("NumNodes", "1").partition("-")[0])
+        spared = spare(nodes.usable(self.partition) - set(queue.expand(listed)), hosts, wanted)
+        if spared:
+            names = ",".join(filter(None, (listed, *spared)))
+            scontrol.tell("update", f"JobId={self.number}", f"ExcNodeList={names}")
+        return spared
 
     def note(self, text: str) -> None:
         """Write a line about the job into its record, for ``sacct`` and ``scontrol show job``.
@@ -99,6 +110,22 @@ class Job:
         """
         if not self.comment or self.comment.startswith(_MARK):
             scontrol.tell("update", f"JobId={self.number}", f"Comment={_MARK}{text}")
+
+
+def spare(usable: Collection[str], bad: Collection[str], wanted: int) -> list[str]:
+    """Which of some bad nodes a job can do without.
+
+    Parameters
+    ----------
+    usable: all nodes that could run it; none if Slurm does not say.
+    wanted: how many it needs.
+    """
+    if not usable:
+        return sorted(bad)
+    # What Slurm would not use anyway takes nothing away.
+    well = sorted(set(bad) & set(usable))
+    left = max(len(usable) - wanted, 0)
+    return sorted(set(bad) - set(well[left:]))
 
 
 def find_job(number: str) -> Job | None:

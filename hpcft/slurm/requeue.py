@@ -65,13 +65,14 @@ def requeue(
     excluded: list[str] = []
     if job and bad and not why:
         # It cannot start before this process, which belongs to it, has ended.
-        names = ",".join(sorted(bad))
         try:
-            job.exclude(sorted(bad))
-            text += f" without {names}"
-            excluded = sorted(bad)
+            excluded = job.exclude(bad)
         except Refused as error:
-            text += f", maybe with {names}: {error}"
+            text += f", maybe with {','.join(sorted(bad))}: {error}"
+        else:
+            text += f" without {','.join(excluded)}" if excluded else ""
+            if kept := sorted(set(bad) - set(excluded)):
+                text += f", maybe with {','.join(kept)}: there are too few other nodes"
     text = f"step {_step(events)}, restart {budget.restarts}, {text}"
     _note(job, text)
     detail = {"requeued": not why, "why": why, "excluded": excluded}

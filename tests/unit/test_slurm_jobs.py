@@ -6,13 +6,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hpcft.errors import UsageError
 from hpcft.launch.options import parse as parse_run
 from hpcft.slurm import naming
 from hpcft.slurm.batch import Wanted, warning_time, write
 from hpcft.slurm.cluster import Partition, choose, choose_pmix, read_partitions
-from hpcft.slurm.job import parse, read_graces
+from hpcft.slurm.job import parse, read_graces, spare
 from hpcft.slurm.requeue import Budget
 from hpcft.slurm.scontrol import fields, seconds, tell
 from hpcft.telemetry.events import Event
@@ -271,3 +273,21 @@ def test_the_end_of_a_job_does_not_end_what_is_told_of_it(
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert tell("update", "JobId=7") == "update JobId=7\n"
+
+
+some = st.sets(st.sampled_from([f"n{i}" for i in range(1, 9)]))
+
+
+@given(some, some, st.integers(1, 9))
+def test_a_job_does_without_bad_nodes_only_if_enough_others_are_left(
+    usable: set[str], bad: set[str], wanted: int
+) -> None:
+    spared = set(spare(usable, bad, wanted))
+    assert spared <= bad
+    if not usable:
+        # Nothing is known: it is the user's job to have enough.
+        assert spared == bad
+        return
+    assert len(usable - spared) >= min(wanted, len(usable))
+    # And of no more than it has to.
+    assert spared == bad or len(usable - spared) <= wanted
