@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import subprocess
+import time
 
 #: Slurm signals all processes of a job that it ends, and what tells it something may be one.
 _UNSIGNALLED = ("sh", "-c", "trap '' TERM; exec \"$@\"", "sh")
 _SECONDS = 10.0  # a busy controller answers late; nobody is to wait for it for long
+#: Seconds until it is asked again, if that is what it wants.
+_PAUSE = 0.5
 
 
 class Refused(Exception):
@@ -25,25 +28,34 @@ def ask(*arguments: str) -> str:
 def tell(*arguments: str, seconds: float = _SECONDS) -> str:
     """Have ``scontrol`` do something, and return what it prints.
 
+    Parameters
+    ----------
+    seconds: it may take, also if the controller wants to be asked again, as it does of a job that
+        it is just requeueing.
+
     Raises
     ------
     Refused: it cannot be done.
     """
-    try:
-        done = subprocess.run(
-            [*_UNSIGNALLED, "scontrol", *arguments],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise Refused(f"the controller does not answer within {seconds:g} s") from error
-    if done.returncode:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            done = subprocess.run(
+                [*_UNSIGNALLED, "scontrol", *arguments],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=max(deadline - time.monotonic(), 1.0),
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise Refused(f"the controller does not answer within {seconds:g} s") from error
+        if not done.returncode:
+            return done.stdout
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise Refused(said[-1] if said else f"scontrol ends with {done.returncode}")
-    return done.stdout
+        if "try again" not in done.stderr or time.monotonic() > deadline - _PAUSE:
+            raise Refused(said[-1] if said else f"scontrol ends with {done.returncode}")
+        time.sleep(_PAUSE)
 
 
 def configuration() -> dict[str, str]:

@@ -16,7 +16,7 @@ from hpcft.slurm.batch import Wanted, warning_time, write
 from hpcft.slurm.cluster import Partition, choose, choose_pmix, read_partitions
 from hpcft.slurm.job import parse, read_graces, spare
 from hpcft.slurm.requeue import Budget
-from hpcft.slurm.scontrol import fields, seconds, tell
+from hpcft.slurm.scontrol import Refused, fields, seconds, tell
 from hpcft.telemetry.events import Event
 
 #: As Slurm 22.05 shows it.
@@ -273,6 +273,23 @@ def test_the_end_of_a_job_does_not_end_what_is_told_of_it(
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert tell("update", "JobId=7") == "update JobId=7\n"
+
+
+def test_a_controller_that_wants_to_be_asked_again_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scontrol = tmp_path / "scontrol"
+    later = "the DB index is being set, try again in a bit"
+    scontrol.write_text(
+        f'#!/bin/sh\ncd {tmp_path}\nrm first 2>&- || exit 0\necho "{later}" >&2; exit 1\n'
+    )
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (tmp_path / "first").touch()
+    assert tell("update") == ""
+    (tmp_path / "first").touch()
+    with pytest.raises(Refused, match="try again"):
+        tell("update", seconds=0.1)
 
 
 some = st.sets(st.sampled_from([f"n{i}" for i in range(1, 9)]))
