@@ -1,6 +1,7 @@
-"""``python -m hpcft.join RUN_DIR``: a process that becomes a rank of a run that is under way.
+"""``python -m hpcft.join RUN_DIR PARTY N``: a process that becomes a rank of a run under way.
 
-`hpcft join` starts it, itself or through srun, once for each rank that is to join.
+`hpcft join` starts it, itself or through srun, once for each rank that is to join; they are N, and
+PARTY is a name for all of them.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ def main(argv: list[str] | None = None) -> int:
     -------
     The run's exit code, or 0 if this process has left before.
     """
-    (path,) = sys.argv[1:] if argv is None else argv
+    path, party, count = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return reported(partial(_join, RunDirectory(Path(path))))
+        return reported(partial(_join, RunDirectory(Path(path)), party, int(count)))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
 
-def _join(rundir: RunDirectory) -> int:
+def _join(rundir: RunDirectory, party: str, count: int) -> int:
     task = guest_task()
     door = asyncio.run(_look(rundir))
     os.chdir(door.cwd)
@@ -45,7 +46,9 @@ def _join(rundir: RunDirectory) -> int:
     # The run's own are before all that have joined.
     another = task.place.job != door.peers[0].job
     task = replace(task, number_here=here, ranks_here=here + 1, of_another_job=another)
-    return keep(parse([*door.argv]), task, Sizes(*door.sizes), Keeper.join)
+    return keep(
+        parse([*door.argv]), task, Sizes(*door.sizes), partial(Keeper.join, party=party, of=count)
+    )
 
 
 async def _look(rundir: RunDirectory) -> Door:

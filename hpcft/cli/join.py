@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from types import FrameType
 
 from hpcft.cli.runs import RUN, add_run, see
@@ -66,11 +68,12 @@ def run(args: argparse.Namespace) -> int:
     view = see(run)
     if view.ended:
         raise UsageError(f"{view.name} has ended: {view.state}", "start it again")
-    task = [sys.executable, "-m", "hpcft.join", str(run.rundir.path)]
     entry = run.entry
     if entry and entry.step:
         job = args.job or os.environ.get("SLURM_JOB_ID") or entry.job
-        return _follow([[*_srun(run, job, args.nodes, args.ranks), *task]])
+        nodes = _nodes(run, job, args.nodes)
+        count = args.ranks * len(nodes)
+        return _follow([[*_srun(job, nodes, args.ranks), *_task(run, count)]])
     if args.nodes or args.job:
         option = "--nodes" if args.nodes else "--job"
         raise UsageError(f"{option} is for runs that srun has started", "leave it away")
@@ -79,10 +82,17 @@ def run(args: argparse.Namespace) -> int:
             f"{view.name} runs on {entry.host} alone, and not over the network",
             f"hpcft join {entry.run_dir} there, or start it with srun",
         )
-    return _follow([task] * args.ranks)
+    return _follow([_task(run, args.ranks)] * args.ranks)
 
 
-def _srun(run: Run, job: str, nodes: str | None, ranks: int) -> list[str]:
+def _task(run: Run, count: int) -> list[str]:
+    """The command of each of so many."""
+    party = secrets.token_hex(8)
+    return [sys.executable, "-m", "hpcft.join", str(run.rundir.path), party, str(count)]
+
+
+def _nodes(run: Run, job: str, nodes: str | None) -> list[str]:
+    """Where ranks are to join."""
     allocated = slurm.nodes(job)
     if not allocated:
         raise HpcftError(f"Slurm does not say on which nodes job {job} runs")
@@ -100,9 +110,13 @@ def _srun(run: Run, job: str, nodes: str | None, ranks: int) -> list[str]:
         raise UsageError(
             f"all nodes of job {job} have ranks already", "name those to have more, with --nodes"
         )
+    return wanted
+
+
+def _srun(job: str, nodes: Sequence[str], ranks: int) -> list[str]:
     # Of a lost node srun would only tell; its ranks are the run's to replace.
     keep = ["--kill-on-bad-exit=0", "--no-kill", "--wait=0", "--mpi=none"]
-    where = [f"--nodelist={','.join(wanted)}", f"--ntasks-per-node={ranks}", f"-N{len(wanted)}"]
+    where = [f"--nodelist={','.join(nodes)}", f"--ntasks-per-node={ranks}", f"-N{len(nodes)}"]
     return ["srun", f"--jobid={job}", "--overlap", "--quiet", *keep, *where]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -107,6 +108,12 @@ class Company:
         gone = self.known("parted") | self.known("bye")
         said = self.said("guest").items()
         return {number: guest["host"] for number, guest in said if number not in gone}
+
+    def awaited(self) -> int:
+        """How many guests are still to come, as those who belong together say."""
+        said = self.said("guest")
+        parties = Counter((said[n]["party"], said[n]["of"]) for n in self.guests())
+        return sum(max(of - there, 0) for (_, of), there in parties.items())
 
     def expected(self) -> set[int]:
         """Who is to be of the next launch, should there be one."""

@@ -95,8 +95,12 @@ class Keeper:
             await shepherd.run()
             return await self._follow(1, shepherd)
 
-    async def join(self) -> int:
+    async def join(self, party: str, of: int) -> int:
         """Have a rank of this task's be of the run's next launch, and so on.
+
+        Parameters
+        ----------
+        party, of: the name of those it comes with, and how many they are.
 
         Returns
         -------
@@ -114,7 +118,9 @@ class Keeper:
                 self._warm.learn(door.modules)
                 await self._warm.ready()
                 place = self._task.place
-                guest.announce("guest", guest.rank, host=place.host, job=place.job)
+                guest.announce(
+                    "guest", guest.rank, host=place.host, job=place.job, party=party, of=of
+                )
                 try:
                     code = await self._enter(door.launch, guest)
                 except LeftOut:

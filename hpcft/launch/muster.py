@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcft.errors import HpcftError
+from hpcft.errors import INTERRUPTED, HpcftError
 from hpcft.launch import daemons, openmpi, ticket
 from hpcft.launch.channel import Message
 from hpcft.launch.company import Company
@@ -175,7 +175,10 @@ class Muster:
             if ready & standing and deadline == float("inf"):
                 deadline = time.monotonic() + _READY_TIME
             late = time.monotonic() > deadline
-            lowest = min(standing - self._company.retiring(), default=-1)
+            staying = standing - self._company.retiring()
+            if not staying:
+                raise GivenUp(INTERRUPTED, "all ranks were to leave")
+            lowest = min(staying)
             if lowest == self._company.rank and (expected <= ready or late):
                 await self._call(sorted(expected & ready))
                 continue

@@ -1,17 +1,22 @@
-"""Deciding that all ranks leave to be launched anew: somebody has come, or is to go."""
+"""Deciding that all ranks leave: to be launched anew, for somebody has come or is to go.
+
+Or for good, as too few would be left.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Callable
 
 from hpcft.launch.company import Company
 from hpcft.launch.crew import Crew
-from hpcft.world.departure import RESIZE
+from hpcft.world.departure import LEAVE, RESIZE
 from hpcft.world.progress import Progress
 
-#: Seconds between a guest and the resize, for others that come with it.
-_GATHER_TIME = 0.3
+#: Seconds between somebody's coming or going and the resize, for others; and in which those who
+#: belong together must come.
+_GATHER_TIME, _PARTY_TIME = 0.3, 10.0
 
 
 class Resizing:
@@ -23,22 +28,42 @@ class Resizing:
     crew: who trains.
     progress: of the shepherd's rank.
     over: whether the launch is over.
+    min_ranks: with fewer it does not go on.
     """
 
     def __init__(
-        self, company: Company, crew: Crew, progress: Progress, over: Callable[[], bool]
+        self,
+        company: Company,
+        crew: Crew,
+        progress: Progress,
+        over: Callable[[], bool],
+        min_ranks: int,
     ) -> None:
         self._company = company
         self._crew = crew
         self._progress = progress
         self._over = over
-        self._gathering = False
+        self._least = max(min_ranks, 1)
+        #: Since when others are waited for, if they are.
+        self._gathering: float | None = None
 
     def consider(self) -> None:
         """Somebody has come, or is to go, or the ranks are others."""
-        if self._wanted() and not self._gathering:
-            self._gathering = True
-            asyncio.get_running_loop().call_later(_GATHER_TIME, self._resize)
+        retiring = self._company.retiring()
+        if retiring and len(self._company.expected()) < self._least:
+            self._end(min(retiring))
+        elif self._wanted() and self._gathering is None:
+            self._gathering = asyncio.get_running_loop().time()
+            self._gather()
+
+    def _gather(self) -> None:
+        asyncio.get_running_loop().call_later(_GATHER_TIME, self._resize)
+
+    def _end(self, rank: int) -> None:
+        """Of those that are to go all shepherds know alike, so that none has to decide."""
+        if not (self._over() or self._company.known(LEAVE)):
+            reason = self._company.said("retire")[rank]["reason"]
+            self._company.announce(LEAVE, 0, reason=reason, code=128 + signal.SIGTERM)
 
     def _wanted(self) -> bool:
         """Whether there is to be one, and this shepherd is to say so."""
@@ -49,12 +74,16 @@ class Resizing:
         return wished and self._company.rank == min(training, default=-1)
 
     def _resize(self) -> None:
-        self._gathering = False
+        assert self._gathering is not None
         if not self._wanted():
+            self._gathering = None
             return
-        if not self._progress.read().running:
-            self.consider()
+        now = asyncio.get_running_loop().time()
+        others = self._company.awaited() and now < self._gathering + _PARTY_TIME
+        if others or not self._progress.read().running:
+            self._gather()
             return
+        self._gathering = None
         coming, going = self._company.guests(), self._company.retiring()
         hosts = self._company.hosts
         words = [_named("joins", "join", list(coming.values()))] if coming else []

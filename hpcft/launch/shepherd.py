@@ -402,7 +402,8 @@ class Shepherd:
         )
         crew, progress = self._crew, self._progress
         self._departures = Departures(fleet, crew, self._link.tell)
-        self._resizing = Resizing(fleet, crew, progress, self._over.is_set)
+        least = self._options.min_ranks
+        self._resizing = Resizing(fleet, crew, progress, self._over.is_set, least)
         self._copies = Copies(self._courier, fleet, crew, self._tiers, self._link.tell)
         timeout = self._options.timeout_progress
         self._vigil = Vigil(

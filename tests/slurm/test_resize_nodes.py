@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -58,45 +59,48 @@ def test_nodes_join_leave_and_are_drained(
     run.process.wait(30)
 
 
-def test_nodes_of_another_job_join_and_outlive_the_run_s_own(
-    cluster: Cluster, shared_path: Path, undisturbed: str
+def test_nodes_of_another_job_join_and_outlive_the_first(
+    cluster: Cluster, shared_path: Path
 ) -> None:
-    go = shared_path / "go"
-    words = [*SRUN, "-N2", "-wn1,n2", "--exclusive"]
     run = Training(
         shared_path / "run",
         ["--nproc", "2:3", "--ckpt-dir", str(shared_path / "checkpoints"), "--ckpt-near", "1"],
-        [str(PROGRAM), "--pace", "0.1", "--until", str(go)],
-        cluster.command(words),
+        [str(PROGRAM), "--steps", "100000", "--pace", "0.1"],
+        cluster.command([*SRUN, "-N2", "-wn1,n2", "--exclusive"]),
         cluster.environ(),
     ).start()
     run.wait_for_step(3)
     refused = cluster.run(*HPCFT, "join", str(run.run_dir), "--nodes", "n3")
     assert refused.returncode == 2
     assert "n3 does not belong to job" in refused.stderr
-    joined = cluster.start(
-        *("salloc", "-N2", "-wn3,n4", "--exclusive", *HPCFT, "join", str(run.run_dir)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    wait_for("n3 and n4", lambda: hosts(run) == {"n1", "n2", "n3", "n4"}, 90)
+    with (shared_path / "joined.out").open("wb") as out:
+        join = ["-N2", "-wn3,n4", "--exclusive", *HPCFT, "join", str(run.run_dir)]
+        joined = cluster.start("salloc", *join, stdout=out, stderr=out)
+    wait_for("n3 and n4", lambda: hosts(run) == set(cluster.nodes))
     assert [entry["role"] for entry in run.ranks()] == ["active"] * 3 + ["spare"]
     run.wait_for_step(run.step() + 5)
     # In place, as ever: the spare takes over.
     cluster.kill_node("n2")
-    wait_for("n4 to train", lambda: [e["host"] for e in run.ranks()] == ["n1", "n4", "n3"])
+    wait_for("the others to train", lambda: hosts(run) == {"n1", "n3", "n4"})
     run.wait_for_step(run.step() + 5)
     # All ranks are lost: those that are left are launched across both jobs once more.
     kill_all(run)
     launched(run, 3)
     run.wait_for_step(run.step() + 5)
     assert hosts(run) == {"n1", "n3", "n4"}
-    step = run.step()
-    go.write_text(str(step + 20))
-    joined.wait(60)
-    run.process.wait(60)
+    left = cluster.run(*HPCFT, "leave", str(run.run_dir), "--nodes", "n1")
+    assert (left.returncode, left.stdout) == (0, "1 left; 2 processes go on\n"), left.stderr
+    assert run.process.wait(60) == 0
+    before = run.step()
+    wait_for("some steps", lambda: run.step() > before + 5)
+    assert hosts(run) == {"n3", "n4"}
+    # The end of the job that is left is that of the run, in order.
+    door = json.loads((run.run_dir / "door.json").read_text())
+    cluster.run("scancel", door["peers"][0]["job"])
+    wait_for("the end", (run.run_dir / "summary.json").exists)
     summary = run.summary()
-    assert summary["result"] == "ok", run.output
-    assert summary["steps"] == step + 20
-    assert [resize["reason"] for resize in summary["resizes"]] == ["n3 and n4 join"]
-    assert joined.returncode == 0, joined.stdout and joined.stdout.read()
+    assert (summary["result"], summary["steps"] > before) == ("interrupted", True), run.output
+    reasons = [resize["reason"] for resize in summary["resizes"]]
+    assert reasons == ["n3 and n4 join", "n1 leaves"]
+    assert len(summary["relaunches"]) == 1
+    joined.wait(60)

@@ -30,12 +30,13 @@ def test_lost_nodes_and_who_retires_are_not_expected_and_guests_are() -> None:
     here.announce("lost", 2)
     here.announce("retire", 3)
     here.announce("retire", 2)
-    here.announce("guest", GUESTS + 1, host="d", job="18")
-    here.announce("guest", GUESTS + 2, host="d", job="18")
+    here.announce("guest", GUESTS + 1, host="d", job="18", party="p", of=3)
+    here.announce("guest", GUESTS + 2, host="d", job="18", party="p", of=3)
     here.announce("parted", GUESTS + 2)
     assert here.standing() == {0, 1, 3}
     assert here.retiring() == {3}
     assert here.guests() == {GUESTS + 1: "d"}
+    assert here.awaited() == 2
     assert here.expected() == {0, 1, GUESTS + 1}
     assert [here.job(number) for number in (1, GUESTS + 1)] == ["17", "18"]
 
