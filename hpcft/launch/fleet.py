@@ -24,7 +24,7 @@ not matter::
     leave      the run is to end, in order; of no rank in particular
     resize     all ranks are to leave, and others to be launched; of no rank in particular
     at P E     a rank: it was asked to leave for purpose P, and this is how far it is, in epoch E
-    guest      a guest, by a number of its own: it would be a rank of the next launch
+    guest      a guest, by a number of its own: it would be a rank of the next launch, with others
     parted     a guest: it is gone
     retire     a rank: it is not to be of the next launch
     stuck N    a rank: it waits in a collective and nothing has moved for long, for the Nth time
