@@ -86,16 +86,26 @@ def read(folder: Path) -> list[Lap]:
     return sorted(laps, key=lambda lap: lap.ended)
 
 
+def by_process(folder: Path) -> Iterator[Iterator[Lap]]:
+    """The laps of a run, process by process, each in the order of its ends.
+
+    So who sums them up needs no memory for all of them, which of a large run are many.
+    """
+    for file in sorted(folder.glob("rank-*.jsonl")):
+        yield _of_file(file)
+
+
 def _of_file(file: Path) -> Iterator[Lap]:
     if not re.fullmatch(r"rank-\d+\.jsonl", file.name):
         return
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            content = json.loads(line)
-            content["buckets"] = {int(key): count for key, count in content["buckets"].items()}
-            yield Lap(**content)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            continue
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                content = json.loads(line)
+                content["buckets"] = {int(key): count for key, count in content["buckets"].items()}
+                yield Lap(**content)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                continue
 
 
 def _finite(metrics: dict[str, float]) -> dict[str, float]:

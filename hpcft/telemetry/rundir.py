@@ -24,6 +24,9 @@ from typing import Any
 from hpcft.telemetry import events as log
 from hpcft.telemetry.events import Event
 
+#: Bytes from the end of a log in which a traceback is looked for; logs may be huge.
+_LOG_END = 1 << 20
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -152,7 +155,9 @@ class RunDirectory:
     def last_traceback(self, world: int) -> str:
         """The last that process ``world`` has left in its log; empty if there is none."""
         try:
-            log = self.log_file(world).read_text(errors="replace")
+            with self.log_file(world).open("rb") as file:
+                file.seek(max(0, file.seek(0, 2) - _LOG_END))
+                log = file.read().decode(errors="replace")
         except OSError:
             return ""
         found = re.findall(r"^Traceback \(most recent.*\n(?:[ \t].*\n)*.*", log, re.MULTILINE)
