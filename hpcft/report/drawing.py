@@ -254,7 +254,9 @@ def _chosen(rows: Sequence[Row]) -> tuple[list[Row], int]:
 
 
 def _glyph(mark: Mark, x: Scale, y: float) -> Glyph:
-    return Glyph(mark.kind, x(mark.time), y, cut_short(mark.text), mark.count)
+    # Beside the failure that it answers, and not on top of it.
+    aside = 11 if mark.kind in ("adoption", "shrink", "restore") else 0
+    return Glyph(mark.kind, x(mark.time) + aside, y, cut_short(mark.text), mark.count)
 
 
 def plot(curve: Curve, incidents: Sequence[Incident]) -> Plot:
@@ -346,10 +348,11 @@ def boxes(ranks: Sequence[RankPace]) -> Boxes:
     for number, rank in enumerate(shown):
         hosts = f" on {', '.join(rank.hosts[:3])}" if rank.hosts else ""
         processes = ", ".join(rank.processes[:6])
+        low, high = short(rank.p25), short(rank.p75)
         tip = (
             f"rank {rank.rank} (process {processes}{hosts}), {rank.steps} steps\n"
-            f"computes {short(rank.p50)} in the median, half of the steps from {short(rank.p25)} to "
-            f"{short(rank.p75)}, nine of ten from {short(rank.p5)} to {short(rank.p95)}\n"
+            f"computes {short(rank.p50)} in the median, half of the steps from {low} to {high}, "
+            f"nine of ten from {short(rank.p5)} to {short(rank.p95)}\n"
             f"waits {short(rank.waiting)} and saves {short(rank.saving)} a step, in the mean"
         )
         rows.append(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from hpcft.report.amounts import count
 from hpcft.report.record import Chapter
 from hpcft.telemetry.events import Event
 
@@ -128,11 +129,11 @@ def _healed(event: Event, indices: Sequence[int], found: list[Incident]) -> None
             found[index] = replace(found[index], stall_s=detail.get("stall_s"))
             continue
         action = str(detail.get("action", ""))
+        left = count(int(detail.get("active", 0)), "rank")
         words = {
             "substitute": "a spare took over",
-            "shrink": f"went on with {detail.get('active', '?')} ranks",
-            "substitute+shrink": f"spares took over as far as there were any; went on with "
-            f"{detail.get('active', '?')} ranks",
+            "shrink": f"went on with {left}",
+            "substitute+shrink": f"spares took over as far as there were any; went on with {left}",
             "none": "needed no replacement",
         }
         lost = detail.get("lost_steps")

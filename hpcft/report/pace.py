@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 
 from hpcft.report.spans import Launch, Span
 from hpcft.telemetry.events import Event
-from hpcft.telemetry.laps import Lap, middle
+from hpcft.telemetry.laps import Lap, quantile
 
 #: Training is looked at in about so many windows.
 _WINDOWS = 400
@@ -110,17 +111,6 @@ class Laps:
     readings: list[Reading] = field(default_factory=list)
 
 
-def quantile(buckets: Mapping[int, int], part: float) -> float:
-    """The time that so large a part of a histogram is below, in seconds."""
-    wanted = part * sum(buckets.values())
-    seen = 0
-    for number in sorted(buckets):
-        seen += buckets[number]
-        if seen >= wanted:
-            return middle(number)
-    return 0.0
-
-
 def windows(spans: Sequence[Span], chapters: Sequence[Sequence[Event]]) -> list[Window]:
     """Cut training into windows of about the same length."""
     training = [span for span in spans if span.doing == "training"]
@@ -132,10 +122,7 @@ def windows(spans: Sequence[Span], chapters: Sequence[Sequence[Event]]) -> list[
         kept = min((step for at, step in returns if at >= span.end), default=math.inf)
         count = max(1, math.ceil(span.seconds / length)) if length > 0 else 1
         edges = [span.begin + span.seconds * n / count for n in range(count)] + [span.end]
-        made += [
-            Window(begin, end, span.launch, kept)
-            for begin, end in zip(edges, edges[1:], strict=False)
-        ]
+        made += [Window(begin, end, span.launch, kept) for begin, end in itertools.pairwise(edges)]
     return made
 
 

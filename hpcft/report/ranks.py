@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hpcft.report.pace import Pace, quantile
+from hpcft.report.pace import Pace
+from hpcft.telemetry.laps import quantile
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,14 @@ class RankPace:
 
 
 def rank_paces(
-    paces: Sequence[Pace], hosts: dict[tuple[int, int], str], slow: set[tuple[int, int]]
+    paces: Sequence[Pace], hosts: dict[tuple[int, int], str], slow: set[tuple[int, int, int]]
 ) -> list[RankPace]:
     """Sum up by rank.
 
     Parameters
     ----------
     hosts: of processes, by launch and world rank.
-    slow: the stragglers, by launch and world rank.
+    slow: the stragglers, by launch, world rank and rank.
     """
     by_rank: dict[int, list[Pace]] = {}
     for pace in paces:
@@ -70,7 +71,7 @@ def rank_paces(
                 p95=quantile(buckets, 0.95),
                 waiting=sum(pace.waiting for pace in own) / steps,
                 saving=sum(pace.saving for pace in own) / steps,
-                slow=any(one in slow for one in who),
+                slow=any((*one, rank) in slow for one in who),
             )
         )
     return made

@@ -120,6 +120,7 @@ def of_record(record: Record) -> Story:
             (
                 one.launch,
                 one.world,
+                one.rank,
                 f"slower: computes {short(one.median)} in a step, others {short(one.others)}",
             )
             for one in slow
@@ -130,6 +131,7 @@ def of_record(record: Record) -> Story:
     found = records.traceback(record)
     facts = _facts(record, where, happened, slow)
     all_curves = curves(laps.readings)
+    marked = {(one.launch, one.world, one.rank) for one in slow}
     return Story(
         name=record.name,
         run_dir=str(record.rundir.path),
@@ -147,7 +149,7 @@ def of_record(record: Record) -> Story:
         incidents=tuple(_few(happened)),
         timeline=lines,
         curves=tuple(all_curves[:MOST]),
-        ranks=tuple(rank_paces(laps.paces, hosts, {(one.launch, one.world) for one in slow})),
+        ranks=tuple(rank_paces(laps.paces, hosts, marked)),
         stragglers=tuple(slow),
         traceback=Traceback(*found) if found else None,
         notes=tuple(_notes(record, where, happened, lines, all_curves, laps)),

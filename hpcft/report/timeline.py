@@ -158,14 +158,15 @@ def timeline(
     chapters: Sequence[Chapter],
     spans: Sequence[Span],
     hosts: dict[tuple[int, int], str],
-    slow: Iterable[tuple[int, int, str]] = (),
+    slow: Iterable[tuple[int, int, int, str]] = (),
 ) -> Timeline:
     """Put the events of a run in rows.
 
     Parameters
     ----------
     hosts: of processes, by launch and world rank.
-    slow: processes that were lastingly slower, by launch and world rank, and what to say of them.
+    slow: processes that were lastingly slower, by launch, world rank and rank, and what to say of
+        them.
     """
     world = _World(hosts)
     made = Timeline([], [])
@@ -177,13 +178,11 @@ def timeline(
         for event in chapter.events:
             _take(event, world, made.run)
         world.end(chapter.heard or 0.0)
-    of_process = {
-        (stay.launch, stay.world): row for row in world.rows.values() for stay in row.stays
-    }
-    for launch, process, text in slow:
-        if row := of_process.get((launch, process)):
-            stay = next(s for s in row.stays if (s.launch, s.world) == (launch, process))
-            row.marks.append(Mark("slow", (stay.begin + stay.end) / 2, text))
+    for launch, process, rank, text in slow:
+        row = world.row(("rank", rank))
+        for stay in row.stays:
+            if (stay.launch, stay.world) == (launch, process):
+                row.marks.append(Mark("slow", (stay.begin + stay.end) / 2, text))
     # Ranks first, each kind by number.
     made.rows = [world.rows[key] for key in sorted(world.rows)]
     length = spans[-1].end - spans[0].begin if spans else 0.0

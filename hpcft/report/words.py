@@ -121,7 +121,7 @@ def _failures(facts: Facts) -> list[str]:
     if failures:
         causes = Counter(one.cause for one in failures).most_common(3)
         why = listed(
-            [f"{cause} ({number} times)" if number > 1 else cause for cause, number in causes]
+            [f"{cause}, {times(number)}" if number > 1 else cause for cause, number in causes]
         )
         took_over = sum("took over" in one.then for one in failures)
         fewer = sum(one.then.startswith("went on with") for one in failures)
@@ -130,10 +130,10 @@ def _failures(facts: Facts) -> list[str]:
         then = [f"a spare took over {times(took_over)}"] if took_over else []
         then += [f"the others went on without it {times(fewer)}"] if fewer else []
         then += [f"{again} of them took part in a relaunch of all ranks"] if again else []
-        then += [f"nothing could be done about {nothing}"] if nothing else []
+        then += ["the run did not go on"] if nothing else []
         stalls = [one.stall_s for one in failures if one.stall_s is not None]
         longest = f"; the longest stall was {short(max(stalls))}" if stalls else ""
-        said.append(f"{count(len(failures), 'rank')} failed, by {why}: {listed(then)}{longest}.")
+        said.append(f"{count(len(failures), 'rank')} failed ({why}): {listed(then)}{longest}.")
     elif facts.first is not None:
         said.append("No rank failed.")
     if spares:
@@ -189,6 +189,33 @@ def _cost(facts: Facts) -> list[str]:
     return [f"{said}; most of the rest into {listed(most)}." if most else f"{said}."]
 
 
+def _slow(stragglers: Sequence[Straggler]) -> list[str]:
+    """What there is to say of the slowest three ranks, whoever played them."""
+    by_rank: dict[int, list[Straggler]] = {}
+    for slow in stragglers:
+        by_rank.setdefault(slow.rank, []).append(slow)
+    said = []
+    for rank, own in list(by_rank.items())[:3]:
+        worst = own[0]
+        evidence = (
+            f"computes {short(worst.median)} in a step, the others {short(worst.others)}, and they "
+            f"wait {short(worst.others_waiting)}"
+        )
+        if len(own) == 1:
+            said.append(
+                f"Rank {rank} (process {worst.world}) {evidence}: look at its node, at what else "
+                "runs there, and at its share of the data."
+            )
+        else:
+            said.append(
+                f"Rank {rank} {evidence}; so it was with each of {len(own)} processes that played "
+                "it: look at its share of the work first, then at their nodes."
+            )
+    if len(by_rank) > 3:
+        said.append(f"{len(by_rank) - 3} more ranks are slower than the others.")
+    return said
+
+
 def advice(facts: Facts, traceback: bool) -> list[str]:
     """What to look at, the most important first."""
     said = []
@@ -200,12 +227,7 @@ def advice(facts: Facts, traceback: bool) -> list[str]:
         said.append(
             f"The newest checkpoint is of step {facts.newest}: the same command goes on from there."
         )
-    for slow in facts.stragglers[:3]:
-        said.append(
-            f"Rank {slow.rank} (process {slow.world}) computes {short(slow.median)} in a step, the "
-            f"others {short(slow.others)}, and makes all of them wait: look at its node, its "
-            "processor's load and its share of the data."
-        )
+    said += _slow(facts.stragglers)
     goodput = facts.goodput
     if goodput.whole > 0 and facts.first is not None:
         said += [
@@ -230,7 +252,6 @@ _ADVICE = {
     "copies in memory (--ckpt-near).",
     "saving": "Much time goes into saving: save less often (--ckpt-every), or see what the file "
     "system does (hpcft ckpt top).",
-    "starting": "Much time went into starting; for a run that is longer it matters less.",
     "relaunch": "Much time went into relaunches: more spares (--spares) heal failures in place.",
     "restart": "Much time went by until Slurm had started the job again.",
 }

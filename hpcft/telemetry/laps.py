@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -26,6 +26,20 @@ def bucket(seconds: float) -> int:
 def middle(number: int) -> float:
     """The time in the middle of a bucket, in seconds."""
     return float(2 ** ((number + 0.5) / _TO_A_DOUBLING))
+
+
+def quantile(buckets: Mapping[int, int], part: float) -> float:
+    """The time that so large a part of a histogram is below, in seconds; 0 if it is empty.
+
+    In a bucket the times are taken to be spread evenly.
+    """
+    wanted = part * sum(buckets.values())
+    for number in sorted(buckets):
+        count = buckets[number]
+        if 0 < count >= wanted:
+            return float(2 ** ((number + max(wanted, 0) / count) / _TO_A_DOUBLING))
+        wanted -= count
+    return 0.0
 
 
 @dataclass(frozen=True)
