@@ -172,7 +172,7 @@ def nice(first: float, last: float, about: int = 6) -> list[float]:
     count = math.floor((last - first) / step * (1 + 1e-9)) + 2
     begin = math.ceil(first / step - 1e-9)
     values = (round((begin + n) * step, 12) for n in range(count))
-    return [value for value in values if value <= last + 1e-9 * abs(last)]
+    return [value for value in values if first - 1e-6 * step <= value <= last + 1e-6 * step]
 
 
 def _nice_time(seconds: float) -> list[float]:
@@ -249,7 +249,12 @@ def lanes(
 
 def _chosen(rows: Sequence[Row]) -> tuple[list[Row], int]:
     """Those to which something happened, and of the others as many as there is room for."""
-    order = sorted(range(len(rows)), key=lambda n: (not rows[n].marks, n))[:MOST_ROWS]
+
+    def unusual(number: int) -> tuple[bool, bool, int]:
+        kinds = {mark.kind for mark in rows[number].marks}
+        return "slow" not in kinds, not kinds, number
+
+    order = sorted(range(len(rows)), key=unusual)[:MOST_ROWS]
     return [rows[n] for n in sorted(order)], len(rows) - len(order)
 
 
