@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise HpcftError(f"{path} cannot be read: {error}") from error
         text = json.dumps(told.as_json()) + "\n" if args.json else page.draw(told)
-    output = args.output or (Path("-") if args.json else path / "report.html")
+    output = args.output or (Path("-") if args.json else run.rundir.report_file)
     if str(output) == "-":
         sys.stdout.write(text)
         return 0

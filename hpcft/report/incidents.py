@@ -59,7 +59,7 @@ def incidents(chapters: Sequence[Chapter]) -> list[Incident]:
             first = chapter.events[0]
             step = max((event.step for event in chapters[number - 1].events), default=0)
             whence = _restored(chapter.events)
-            then = "started from the beginning" if whence is None else f"went on from step {whence}"
+            then = "is starting" if whence is None else f"went on from {_place(whence)}"
             lost = None if whence is None else max(0, step - whence)
             at = chapter.begun or first.time
             found.append(
@@ -87,9 +87,8 @@ def _of_chapter(events: Sequence[Event], launch: int, found: list[Incident]) -> 
         elif event.kind in ("relaunch", "resize"):
             whence = _restored(events[number + 1 :])
             word = "started again" if event.kind == "relaunch" else "launched anew"
-            then = f"all ranks were {word}" + (
-                f", from step {whence}" if whence is not None else ""
-            )
+            whence_said = "" if whence is None else f", from {_place(whence)}"
+            then = f"all ranks were {word}{whence_said}"
             lost = None if whence is None else max(0, event.step - whence)
             reason = str(detail.get("reason") or "")
             kind = "relaunch" if event.kind == "relaunch" else "resize"
@@ -140,13 +139,17 @@ def _healed(event: Event, indices: Sequence[int], found: list[Incident]) -> None
         found[index] = replace(found[index], then=words.get(action, action), lost_steps=lost)
 
 
+def _place(step: int) -> str:
+    return f"step {step}" if step else "the beginning"
+
+
 def _restored(events: Sequence[Event]) -> int | None:
-    """From which step the next launch went on; None if it has not, or from nothing."""
+    """From which step the next launch went on; None if it has not yet."""
     started = False
     for event in events:
         started = started or event.kind == "start"
         if event.kind == "restore" and started:
             return event.step
         if event.kind in ("resume", "checkpoint", "relaunch", "resize"):
-            return None
-    return None
+            break
+    return 0 if started else None

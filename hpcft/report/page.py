@@ -71,6 +71,7 @@ def draw(story: Story) -> str:
         plots=[plot(curve, story.incidents) for curve in story.curves],
         boxes=boxes(story.ranks) if story.ranks else None,
         shown=_SHOWN,
+        zone=time.strftime("%Z"),
     )
 
 

@@ -7,6 +7,7 @@
     status.json    how far it is, renewed every second
     summary.json   written at the end
     door.json      how to join it, as long as it trains; its user alone can read that
+    report.html    written by `hpcft report`, if somebody has asked for it
     laps/          how the ranks spend their steps, rank-<world rank>.jsonl (hpcft.telemetry.laps)
     logs/          stdout and stderr of every process, rank-<world rank>.log
     called-off-*   only where ranks did not start: the launch it names has failed
@@ -54,6 +55,10 @@ class RunDirectory:
     def door_file(self) -> Path:
         return self.path / "door.json"
 
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
+
     def _called_off_file(self, launch: str) -> Path:
         return self.path / f"called-off-{launch}"
 
@@ -83,7 +88,7 @@ class RunDirectory:
         former |= set(self.laps_folder.glob("rank-*.jsonl"))
         former |= set(self.path.glob("called-off-*")) - {self._called_off_file(launch)}
         own_files = (self.ranks_file, self.events_file, self.status_file, self.summary_file)
-        for file in (*own_files, self.door_file, *former):
+        for file in (*own_files, self.door_file, self.report_file, *former):
             file.unlink(missing_ok=True)
         self._sweep()
 
