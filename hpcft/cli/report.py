@@ -61,14 +61,9 @@ def run(args: argparse.Namespace) -> int:
     run = find(args.run_name)
     with Console(stderr=True).status("reading ..."):
         view = see(run)
-        status = Status(
-            view.name, view.state, view.ended, view.reason, view.step, view.begun, view.time
-        )
-        if run.entry is None:
-            # What is taken for its begin then is its first event.
-            status = Status(
-                view.name, view.state, view.ended, view.reason, view.step, None, view.time
-            )
+        # Without an entry a view takes the first event for the begin.
+        begun = view.begun if run.entry else None
+        status = Status(view.name, view.state, view.ended, view.reason, view.step, begun, view.time)
         path = run.rundir.path
         try:
             told = story.tell(path, status)

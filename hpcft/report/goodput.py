@@ -71,7 +71,7 @@ class _Shares:
 
 
 def goodput(spans: Sequence[Span], laps: Laps) -> Goodput:
-    """Divide the time of spans that follow each other."""
+    """Divide the time of spans that follow each other; the laps' windows cover all training."""
     seconds = dict.fromkeys(
         ("starting", "recovery", "relaunch", "resize", "restart", "ending"), 0.0
     )
@@ -86,7 +86,6 @@ def goodput(spans: Sequence[Span], laps: Laps) -> Goodput:
         while at < len(laps.windows) and laps.windows[at].end <= span.begin:
             at += 1
         number = at
-        known = 0.0
         while number < len(laps.windows) and laps.windows[number].begin < span.end:
             window = laps.windows[number]
             length = max(0.0, min(window.end, span.end) - max(window.begin, span.begin))
@@ -96,9 +95,7 @@ def goodput(spans: Sequence[Span], laps: Laps) -> Goodput:
             waiting += length * share.waiting
             steps += length * max(0.0, 1 - share.again - share.saving - share.waiting)
             measured += length * (laps.tallies[number].seconds > 0)
-            known += length
             number += 1
-        steps += max(0.0, span.seconds - known)
         trained += span.seconds
     return Goodput(
         whole=math.fsum(span.seconds for span in spans),

@@ -66,8 +66,11 @@ class Record:
 
 @dataclass(frozen=True)
 class Status:
-    """What is known of a run beyond its files: the fields of :class:`Record` and, in seconds since
-    1970, ``begun``, None if nobody knows, and ``now``."""
+    """What is known of a run beyond its files.
+
+    name, state, ended, reason, step: as of :class:`Record`.
+    begun: when its launcher began; None if nobody knows. Seconds since 1970, as is ``now``.
+    """
 
     name: str
     state: str
