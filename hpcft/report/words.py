@@ -222,7 +222,13 @@ def advice(facts: Facts, traceback: bool) -> list[str]:
     if traceback:
         said.append("The traceback below is the last that who ended the run has left.")
     elif facts.state in ("failed", "killed"):
-        said.append("See what those that failed have printed: hpcft logs RUN --failed.")
+        if any(one.kind == "failure" for one in facts.incidents):
+            said.append("See what those that failed have printed: hpcft logs RUN --failed.")
+        else:
+            said.append(
+                "Nobody could write down why it ended: see the last lines of hpcft logs RUN, what "
+                "the launcher or the batch job has printed, and whether memory ran out."
+            )
     if facts.state in ("failed", "killed", "interrupted") and facts.newest is not None:
         said.append(
             f"The newest checkpoint is of step {facts.newest}: the same command goes on from there."

@@ -180,6 +180,16 @@ def test_the_traceback_is_of_who_ended_the_run_even_in_a_huge_log(tmp_path: Path
     assert tell(path, status(state="ok")).traceback is None
 
 
+def test_a_run_that_was_killed_is_told_up_to_its_last_sign(tmp_path: Path) -> None:
+    path = leave(tmp_path / "run", [start(10, 1)], steps(0, 1, 100, 10))
+    sign = {"time": T0 + 25, "step": 100, "stepped": T0 + 20, "rate": 1.0, "metrics": {}}
+    RunDirectory(path).write_status(sign)
+    story = tell(path, status(state="killed"))
+    assert story.goodput.whole == pytest.approx(25)
+    assert story.words[0].startswith("The run on 1 rank was killed from outside at step 100")
+    assert "Nobody could write down why it ended" in story.look_at[0]
+
+
 def test_nothing_there_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = leave(tmp_path / "run", [])
     told = json_of(path, capsys)
