@@ -8,7 +8,7 @@ import sys
 from types import ModuleType
 
 from hpcft import __version__, run
-from hpcft.cli import ckpt, doctor, join, leave, logs, ps, sbatch, stop, top
+from hpcft.cli import ckpt, doctor, join, leave, logs, ps, report, sbatch, stop, top
 from hpcft.errors import HpcftError
 
 _DESCRIPTION = "PyTorch training on MPI that survives the loss of ranks and nodes in place."
@@ -21,6 +21,7 @@ to begin with:
         hpcft run --spares 1 train.py                   train in a Slurm allocation
     hpcft sbatch --nodes 4 --time 4:00:00 train.py      write a batch script for this cluster
     hpcft ps                                            what runs, and how far it is
+    hpcft report RUN                                    what it was, and where its time went
 """
 
 
@@ -30,6 +31,7 @@ _COMMANDS: dict[str, ModuleType] = {
     "ps": ps,
     "top": top,
     "logs": logs,
+    "report": report,
     "join": join,
     "leave": leave,
     "stop": stop,

@@ -65,3 +65,15 @@ def run_name(environ: Mapping[str, str]) -> str | None:
         job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
     restarts = environ.get("SLURM_RESTART_COUNT", "0")
     return f"{job}.{environ['SLURM_STEP_ID']}" + (f"-r{restarts}" if restarts != "0" else "")
+
+
+def names_before(name: str) -> list[str]:
+    """What :func:`run_name` has called the runs of the same step before its job was restarted.
+
+    >>> names_before("17.0-r2")
+    ['17.0', '17.0-r1']
+    """
+    found = re.fullmatch(r"(\d+(?:_\d+)?\.\d+)-r(\d{1,4})", name)
+    if not found:
+        return []
+    return [found[1]] + [f"{found[1]}-r{restart}" for restart in range(1, int(found[2]))]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -26,6 +26,20 @@ def bucket(seconds: float) -> int:
 def middle(number: int) -> float:
     """The time in the middle of a bucket, in seconds."""
     return float(2 ** ((number + 0.5) / _TO_A_DOUBLING))
+
+
+def quantile(buckets: Mapping[int, int], part: float) -> float:
+    """The time that so large a part of a histogram is below, in seconds; 0 if it is empty.
+
+    In a bucket the times are taken to be spread evenly.
+    """
+    wanted = part * sum(buckets.values())
+    for number in sorted(buckets):
+        count = buckets[number]
+        if 0 < count >= wanted:
+            return float(2 ** ((number + max(wanted, 0) / count) / _TO_A_DOUBLING))
+        wanted -= count
+    return 0.0
 
 
 @dataclass(frozen=True)
@@ -86,16 +100,26 @@ def read(folder: Path) -> list[Lap]:
     return sorted(laps, key=lambda lap: lap.ended)
 
 
+def by_process(folder: Path) -> Iterator[Iterator[Lap]]:
+    """The laps of a run, process by process, each in the order of its ends.
+
+    So who sums them up needs no memory for all of them, which of a large run are many.
+    """
+    for file in sorted(folder.glob("rank-*.jsonl")):
+        yield _of_file(file)
+
+
 def _of_file(file: Path) -> Iterator[Lap]:
     if not re.fullmatch(r"rank-\d+\.jsonl", file.name):
         return
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            content = json.loads(line)
-            content["buckets"] = {int(key): count for key, count in content["buckets"].items()}
-            yield Lap(**content)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            continue
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                content = json.loads(line)
+                content["buckets"] = {int(key): count for key, count in content["buckets"].items()}
+                yield Lap(**content)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                continue
 
 
 def _finite(metrics: dict[str, float]) -> dict[str, float]:

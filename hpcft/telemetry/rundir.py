@@ -7,6 +7,7 @@
     status.json    how far it is, renewed every second
     summary.json   written at the end
     door.json      how to join it, as long as it trains; its user alone can read that
+    report.html    written by `hpcft report`, if somebody has asked for it
     laps/          how the ranks spend their steps, rank-<world rank>.jsonl (hpcft.telemetry.laps)
     logs/          stdout and stderr of every process, rank-<world rank>.log
     called-off-*   only where ranks did not start: the launch it names has failed
@@ -23,6 +24,9 @@ from typing import Any
 
 from hpcft.telemetry import events as log
 from hpcft.telemetry.events import Event
+
+#: Bytes from the end of a log in which a traceback is looked for; logs may be huge.
+_LOG_END = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,10 @@ class RunDirectory:
     @property
     def door_file(self) -> Path:
         return self.path / "door.json"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
 
     def _called_off_file(self, launch: str) -> Path:
         return self.path / f"called-off-{launch}"
@@ -80,7 +88,7 @@ class RunDirectory:
         former |= set(self.laps_folder.glob("rank-*.jsonl"))
         former |= set(self.path.glob("called-off-*")) - {self._called_off_file(launch)}
         own_files = (self.ranks_file, self.events_file, self.status_file, self.summary_file)
-        for file in (*own_files, self.door_file, *former):
+        for file in (*own_files, self.door_file, self.report_file, *former):
             file.unlink(missing_ok=True)
         self._sweep()
 
@@ -152,7 +160,9 @@ class RunDirectory:
     def last_traceback(self, world: int) -> str:
         """The last that process ``world`` has left in its log; empty if there is none."""
         try:
-            log = self.log_file(world).read_text(errors="replace")
+            with self.log_file(world).open("rb") as file:
+                file.seek(max(0, file.seek(0, 2) - _LOG_END))
+                log = file.read().decode(errors="replace")
         except OSError:
             return ""
         found = re.findall(r"^Traceback \(most recent.*\n(?:[ \t].*\n)*.*", log, re.MULTILINE)
