@@ -122,7 +122,7 @@ class Teller:
     def _say_spares(self, lost: list[Failure]) -> None:
         for failure in lost if self._line else ():
             assert self._line is not None
-            host, cause = self._world.hosts[failure.rank], failure.cause or "?"
+            host, cause = self._world.hosts[failure.rank], failure.cause or "unknown"
             self._line.say(f"hpcft: spare {failure.rank} on {host} failed ({cause})")
 
     def _say(self, told: list[Recovered]) -> None:
@@ -167,7 +167,8 @@ def _in_words(
         then = ""
         if world in adopted:
             then = f", process {adopted[world]} on {hosts[adopted[world]]} took over"
-        said.append(f"{name} on {hosts[world]} failed ({failure.cause if failure else '?'}){then}")
+        cause = (failure.cause if failure else "") or "unknown"
+        said.append(f"{name} on {hosts[world]} failed ({cause}){then}")
     active, spares = len(healing.after.active), len(healing.after.spares)
     step, milliseconds = recovery.transfer.step, 1000 * (recovery.ended - recovery.began)
     whence = ""

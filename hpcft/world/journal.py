@@ -14,8 +14,9 @@ from hpcft.world.link import Failure
 from hpcft.world.membership import Membership
 from hpcft.world.recovery import Recovered, World
 
-#: Seconds after a recovery within which the causes become known.
-_PATIENCE = 1.0
+#: Seconds after a recovery within which the causes become known: much memory is long in being given
+#: back, and before that a process has not ended.
+_PATIENCE = 5.0
 
 
 @dataclass
