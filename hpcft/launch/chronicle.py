@@ -22,13 +22,11 @@ class Chronicle:
 
     Parameters
     ----------
-    number: of the launch, from 1.
     verbose: whether it is said as well.
     """
 
-    def __init__(self, rundir: RunDirectory, number: int, verbose: bool) -> None:
+    def __init__(self, rundir: RunDirectory, verbose: bool) -> None:
         self._rundir = rundir
-        self._number = number
         self._verbose = verbose
 
     def relaunched(
@@ -43,16 +41,17 @@ class Chronicle:
 
         Parameters
         ----------
+        step: the last that any rank had completed.
         hosts: where the shepherds are that are left.
         deaths, launched: as for :meth:`failed`.
         """
-        detail = {"reason": reason, "number": self._number, "hosts": sorted({*hosts.values()})}
+        detail = {"reason": reason, "hosts": sorted({*hosts.values()})}
         again = Event("relaunch", step, tuple(range(len(hosts))), detail=detail)
-        self._rundir.append([*self._untold(deaths, launched), again])
+        self._rundir.append([*self._untold(deaths, launched, step), again])
 
     def resized(self, reason: str, step: int, hosts: Mapping[int, str]) -> None:
         """The ranks have left to be as many as there are ``hosts``."""
-        detail = {"reason": reason, "number": self._number, "hosts": sorted({*hosts.values()})}
+        detail = {"reason": reason, "hosts": sorted({*hosts.values()})}
         self._rundir.append([Event("resize", step, tuple(range(len(hosts))), detail=detail)])
         if self._verbose:
             text = f"hpcft: step {step}: {reason}; going on with {len(hosts)} processes"
@@ -85,7 +84,7 @@ class Chronicle:
                     )
         if self._rundir.summary_file.exists():
             return
-        failures = self._untold(deaths, launched)
+        failures = self._untold(deaths, launched, self._last_step())
         failed = Event("failed", self._last_step(), detail={"reason": reason})
         self._rundir.append([*failures, failed])
         self._rundir.write_summary(summarise(self._rundir.events()))
@@ -102,10 +101,11 @@ class Chronicle:
         self._rundir.append([Event("interrupted", step, detail=detail)])
         self._rundir.write_summary(summarise(self._rundir.events()))
 
-    def _untold(self, deaths: Sequence[tuple[Death, float]], launched: Ranks) -> list[Event]:
+    def _untold(
+        self, deaths: Sequence[tuple[Death, float]], launched: Ranks, step: int
+    ) -> list[Event]:
         """The failures that nobody has recovered from."""
         events = self._rundir.launch_events()
-        step = self._last_step()
         told = {event.detail["world"] for event in events if event.kind == "failure"}
         entries: Ranks = {entry["world"]: entry for entry in self._rundir.ranks()} or launched
         epoch = max((event.epoch for event in events), default=0) + 1

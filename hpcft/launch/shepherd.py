@@ -128,7 +128,7 @@ class Shepherd:
         self.outcome = Outcome()
         self._rundir = RunDirectory(options.run_dir)
         self._crew = Crew(set(range(sizes.share(place.size))))
-        self._chronicle = Chronicle(self._rundir, number, bool(options.verbose))
+        self._chronicle = Chronicle(self._rundir, bool(options.verbose))
         self._scheduler: Scheduler | None = None
         if task.step:
             self._scheduler = Scheduler(task.step, self._rundir, bool(options.verbose))
@@ -595,7 +595,7 @@ class Shepherd:
             return
         begun = self.fleet is not None and not self._agreed
         meaning = self._signals.meaning(number, time.monotonic(), begun and not self._orphaned)
-        name = signal.Signals(number).name
+        name = self._named(number)
         if meaning is Meaning.END:
             self._asked_to_end(number)
         elif meaning is Meaning.NOTHING:
@@ -608,6 +608,11 @@ class Shepherd:
         elif self.fleet and not self.fleet.known(LEAVE):
             # Of no rank in particular, so that one of all that are signalled at once gets around.
             self.fleet.announce(LEAVE, 0, reason=name, code=128 + number)
+
+    def _named(self, number: int) -> str:
+        """A signal in words; our own launcher makes one of all that ask for the end in order."""
+        wish = self._task.launched_by_us and number == signal.SIGUSR1
+        return "a wish to end" if wish else signal.Signals(number).name
 
     def _retire(self, number: int) -> None:
         """Who has joined leaves again, at a step's end; asked twice, at once."""
@@ -637,7 +642,7 @@ class Shepherd:
             self.outcome.decided = 128 + number
         self._child.send(signal.SIGTERM)
         loop = asyncio.get_running_loop()
-        reason = f"ended by {signal.Signals(number).name}"
+        reason = f"ended by {self._named(number)}"
         loop.call_later(0.05, self._end, 128 + number, reason)
 
     def _stalled(self, reason: str) -> None:
