@@ -66,6 +66,8 @@ _REAP_TIME = 2.0
 _LINGER_TIME = 10.0
 #: Seconds in which the others notice that the launch was called off; who does not is signalled.
 _NOTICE_TIME = 1.0
+#: Exit codes of a run that somebody has ended.
+_ASKED = tuple(128 + number for number in ENDS + WARNINGS)
 #: Exit code of a run that cannot go on in place.
 _TOO_MUCH = TooFewRanks.exit_code
 #: Seconds after which it is said that a run that was asked to end is still in a step.
@@ -248,6 +250,9 @@ class Shepherd:
         assert self.fleet is not None
         if given_up:
             self.outcome.decided, self.outcome.reason = given_up
+            if self._handed_over and given_up[0] in _ASKED:
+                # All is saved, as when they had been asked before.
+                self.outcome.decided, self.outcome.wish = INTERRUPTED, given_up[1]
         await self.fleet.leave()
         await self._leaving
         code = self.outcome.code

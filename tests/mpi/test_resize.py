@@ -158,3 +158,19 @@ def test_who_cannot_save_stays(launch: Launch, tmp_path: Path) -> None:
     aside.rename(checkpoints)
     run.process.send_signal(signal.SIGUSR1)
     assert run.finish(75)["resizes"] == []
+
+
+def test_asked_to_end_between_two_launches_it_has_saved(
+    launch: Launch, join: Callable[..., Joined], tmp_path: Path
+) -> None:
+    options = [*checkpointed(tmp_path), "--nproc", "1:2"]
+    run = launch(*options, program=["--steps", "100000", "--pace", "0.05"])
+    run.wait_for_step(3)
+    joined = join(run)
+    wait_for("the resize", lambda: "going on with 2 processes" in run.output)
+    run.process.send_signal(signal.SIGINT)
+    summary = run.finish(75)
+    assert summary["result"] == "interrupted"
+    joined.process.wait(60)
+    again = launch(*options, program=["--steps", str(summary["steps"] + 3)])
+    assert again.finish()["restored_step"] == summary["steps"]
