@@ -8,7 +8,7 @@ import sys
 from types import ModuleType
 
 from hpcft import __version__, run
-from hpcft.cli import ckpt, doctor, join, leave, logs, ps, sbatch, stop, top
+from hpcft.cli import ckpt, doctor, join, leave, logs, metrics, ps, sbatch, stop, top, upload
 from hpcft.errors import HpcftError
 
 _DESCRIPTION = "PyTorch training on MPI that survives the loss of ranks and nodes in place."
@@ -30,6 +30,8 @@ _COMMANDS: dict[str, ModuleType] = {
     "ps": ps,
     "top": top,
     "logs": logs,
+    "metrics": metrics,
+    "upload": upload,
     "join": join,
     "leave": leave,
     "stop": stop,

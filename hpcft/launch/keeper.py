@@ -26,6 +26,7 @@ from hpcft.launch import budget
 from hpcft.launch.child import adopt_orphans
 from hpcft.launch.company import Company
 from hpcft.launch.door import Door
+from hpcft.launch.exporter import Exporter
 from hpcft.launch.guest import Guest, visit
 from hpcft.launch.muster import GivenUp, Launched, LeftOut, Muster
 from hpcft.launch.options import RunOptions, Sizes
@@ -75,6 +76,7 @@ class Keeper:
         #: first.
         self._ticket: socket.socket | None = None
         self._launcher: subprocess.Popen[bytes] | None = None
+        self._exporter = Exporter(options)
 
     async def run(self) -> int:
         """Look after the task's rank until the run is over.
@@ -91,7 +93,15 @@ class Keeper:
             # A former run's. Who has launched us has seen to it, and may do so again in this run.
             log.unlink(missing_ok=True)
         with self._warmed(log):
-            shepherd = Shepherd(self._options, self._task, place, environ, self._sizes, self._warm)
+            shepherd = Shepherd(
+                self._options,
+                self._task,
+                place,
+                environ,
+                self._sizes,
+                self._warm,
+                self._exporter,
+            )
             await shepherd.run()
             return await self._follow(1, shepherd)
 
@@ -138,6 +148,7 @@ class Keeper:
         try:
             yield
         finally:
+            self._exporter.close()
             self._warm.kill()
             self._warm.flush()
 
@@ -280,6 +291,7 @@ class Keeper:
             {**launched.environ, **self._settings, **here},
             self._sizes,
             self._warm,
+            self._exporter,
             number,
             company,
             launched.ticket,

@@ -25,7 +25,8 @@ from hpcft.world.recovery import World
 class Session:
     """Everything a training job needs to know of the world it runs in.
 
-    options: what the launcher was told: run_dir, verbose, warm, digest, terminal, checkpoints.
+    options: what the launcher was told: run_dir, verbose, warm, digest, terminal, checkpoints,
+        tensorboard.
     key: the same in all processes, and in no other run.
     """
 
