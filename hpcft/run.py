@@ -78,10 +78,11 @@ def _shepherd(options: RunOptions, task: Task, argv: list[str]) -> int:
         try:
             local.require_places(options)
         except UsageError as error:
-            # The others wait for this task, which would not come.
-            print(f"hpcft: {error.line}", file=sys.stderr, flush=True)
-            task.end_all()
-            return error.exit_code
+            if task.step:
+                # The others would wait for this task, which is not to come.
+                print(f"hpcft: {error.line}", file=sys.stderr, flush=True)
+                task.end_all()
+            raise
         local.create_run_directory(options, task.place.size, task.launch)
         register(options, argv)
     if task.starter == "srun" and task.place.rank == 0 and options.verbose:

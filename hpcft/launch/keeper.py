@@ -328,7 +328,7 @@ class Keeper:
             )
         vain = self._vain + 1 if step <= self._furthest else 0
         if vain > _VAIN or (vain and raised is not None):
-            if raised is not None and self._options.verbose:
+            if raised is not None:
                 print(self._rundir.last_traceback(raised), file=sys.stderr, flush=True)
             again = f"; no launch comes further than step {step}" if budget.lately(events) else ""
             raise GivenUp(code, why + again)

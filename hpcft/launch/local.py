@@ -69,7 +69,7 @@ def launch(options: RunOptions, argv: list[str]) -> int:
     environ = {**os.environ, "HPCFT_LAUNCHER": str(os.getpid())}
     if sys.stderr.isatty():
         environ["HPCFT_TERMINAL"] = "1"
-    rundir = RunDirectory(options.run_dir)
+    rundir = options.rundir
     # The table is made when training begins.
     launcher = _Launcher(lambda: options.checkpoints is not None and rundir.ranks_file.exists())
     objection = ""

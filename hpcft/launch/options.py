@@ -20,6 +20,7 @@ from hpcft.errors import UsageError
 from hpcft.launch import upload
 from hpcft.slurm import naming
 from hpcft.telemetry.address import Address
+from hpcft.telemetry.events import Echo
 from hpcft.telemetry.rundir import RunDirectory
 from hpcft.world.script import home
 
@@ -51,6 +52,11 @@ _UNITS = {"s": 1, "m": 60, "h": 3600}
 _SIZES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
+def at_terminal() -> bool:
+    """Whether this process's run is watched at a terminal, through mpiexec or not."""
+    return sys.stderr.isatty() or bool(os.environ.get("HPCFT_TERMINAL"))
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """What the user asked for; see :func:`parse` for the meaning of each.
@@ -79,6 +85,11 @@ class RunOptions:
     metrics: Address | None
     tensorboard: Path | None
     upload: str | None
+
+    @property
+    def rundir(self) -> RunDirectory:
+        """The run directory; what is added to its events is said if that is wanted."""
+        return RunDirectory(self.run_dir, Echo(at_terminal()) if self.verbose >= 2 else None)
 
     @property
     def command(self) -> list[str]:

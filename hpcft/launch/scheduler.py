@@ -42,7 +42,7 @@ class Scheduler:
 
     def saved(self, seconds: float) -> None:
         """A checkpoint is committed; after the first, warn if it could not be in the time left."""
-        if not self._saved:
+        if self._verbose and not self._saved:
             self._saved = True
             # The controller may be slow.
             Errand(partial(_warn_of_short_grace, self._step, seconds))

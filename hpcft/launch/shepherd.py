@@ -44,7 +44,7 @@ from hpcft.launch.exporter import Exporter
 from hpcft.launch.fleet import Fleet, Listener
 from hpcft.launch.link import Link
 from hpcft.launch.muster import undone
-from hpcft.launch.options import RunOptions, Sizes
+from hpcft.launch.options import RunOptions, Sizes, at_terminal
 from hpcft.launch.outcome import Outcome
 from hpcft.launch.place import Place, Task
 from hpcft.launch.reaper import Reaper
@@ -56,7 +56,6 @@ from hpcft.launch.signals import ENDS, WARNINGS, Meaning, Signals
 from hpcft.launch.upload import Upload
 from hpcft.launch.vigil import Vigil
 from hpcft.launch.warm import Warm
-from hpcft.telemetry.rundir import RunDirectory
 from hpcft.world.departure import LEAVE, RESIZE, STAYS
 from hpcft.world.progress import Progress
 
@@ -133,7 +132,7 @@ class Shepherd:
         self.again = False
         self.fleet: Fleet | None = None
         self.outcome = Outcome()
-        self._rundir = RunDirectory(options.run_dir)
+        self._rundir = options.rundir
         self._crew = Crew(set(range(sizes.share(place.size))))
         self._chronicle = Chronicle(self._rundir, number, bool(options.verbose))
         self._scheduler: Scheduler | None = None
@@ -397,7 +396,7 @@ class Shepherd:
             "checkpoints": options.checkpoints and asdict(options.checkpoints),
             "tensorboard": options.tensorboard and str(options.tensorboard),
             "restarts": self._task.step.restarts if self._task.step else 0,
-            "terminal": sys.stderr.isatty() or bool(os.environ.get("HPCFT_TERMINAL")),
+            "terminal": at_terminal(),
         }
 
     def _echo(self, logical: int | None) -> None:

@@ -19,7 +19,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,13 @@ from hpcft.telemetry.events import Event
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The files of one run under ``path``."""
+    """The files of one run under ``path``.
+
+    tell: called with each event that is added here; None for nobody.
+    """
 
     path: Path
+    tell: Callable[[Event], None] | None = field(default=None, compare=False)
 
     @property
     def ranks_file(self) -> Path:
@@ -116,6 +121,9 @@ class RunDirectory:
     def append(self, events: list[Event]) -> None:
         """Add events to the log."""
         log.append(self.events_file, events)
+        for event in events if self.tell else ():
+            assert self.tell is not None
+            self.tell(event)
 
     def ranks(self) -> list[dict[str, Any]]:
         """The entries of ``ranks.json``; none if there is none yet."""

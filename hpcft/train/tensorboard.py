@@ -66,6 +66,7 @@ class Board:
         self._told = False
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
+        self._lock = threading.Lock()
 
     def goes_on(self, step: int) -> None:
         """The run goes on after ``step``, whatever was done before."""
@@ -110,33 +111,34 @@ class Board:
     def _run(self) -> None:
         pause = _PERIOD
         while not self._closing.wait(pause):
-            pause = _PERIOD if self._write() else _AGAIN
-        self._write()
+            pause = _PERIOD if self.write() else _AGAIN
+        self.write()
         self._drop()
 
-    def _write(self) -> bool:
-        """Write what has come; if that fails it is kept for the next time.
+    def write(self) -> bool:
+        """Write what has come, which the thread does every second; what fails is kept.
 
         Returns
         -------
         Whether all is written.
         """
-        entries = [*self._unwritten, *(self._come.popleft() for _ in range(len(self._come)))]
-        self._unwritten = entries[-_MOST:]
-        try:
-            for entry in self._unwritten:
-                self._add(entry)
-            if self._writer:
-                self._writer.flush()
-        except OSError as error:
-            if not self._told:
-                self._told = True
-                self._tell(f"hpcft: TensorBoard's files cannot be written: {error}")
-            # What is in the file ends in the middle of something: the next begins anew.
-            self._drop()
-            return False
-        self._unwritten, self._told = [], False
-        return True
+        with self._lock:
+            entries = [*self._unwritten, *(self._come.popleft() for _ in range(len(self._come)))]
+            self._unwritten = entries[-_MOST:]
+            try:
+                for entry in self._unwritten:
+                    self._add(entry)
+                if self._writer:
+                    self._writer.flush()
+            except OSError as error:
+                if not self._told:
+                    self._told = True
+                    self._tell(f"hpcft: TensorBoard's files cannot be written: {error}")
+                # What is in the file ends in the middle of something: the next begins anew.
+                self._drop()
+                return False
+            self._unwritten, self._told = [], False
+            return True
 
     def _add(self, entry: _Entry) -> None:
         if entry.anew:

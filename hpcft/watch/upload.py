@@ -28,6 +28,8 @@ from hpcft.telemetry.rundir import RunDirectory
 _OBJECTS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "r2"})
 #: Seconds from an attempt that failed to the next: at first, and at most.
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 10.0
+#: Seconds beyond its patience that an attempt is waited for.
+_ATTEMPT_TIME = 5.0
 #: Errors that another attempt meets as well.
 _FINAL = (ImportError, NotImplementedError, TypeError, ValueError)
 #: Seconds within which it shows whether a place can be written to.
@@ -95,6 +97,8 @@ class Upload:
         self.total = sum(item.bytes for item in files)
         self._last = time.monotonic()
         self._why: BaseException | None = None
+        #: Seconds until the next attempt, when one has failed.
+        self._pause = 0.0
 
     def run(self, progress: Callable[[int, int], None], failed: Callable[[str], None]) -> None:
         """Do it.
@@ -112,7 +116,7 @@ class Upload:
         working = Errand(self._work)
         while not working.done:
             progress(self.moved, self.total)
-            if time.monotonic() - self._last > self._patience + _LONGEST_WAIT:
+            if time.monotonic() - self._last > self._patience + self._pause + _ATTEMPT_TIME:
                 why = self._why or TimeoutError("it does not answer")
                 raise OSError(f"nothing was done for {self._patience:g} s: {_told(why)}")
             time.sleep(_PERIOD)
@@ -150,6 +154,8 @@ class Upload:
 
     def _note(self, state: RetryCallState) -> None:
         assert state.outcome is not None
+        assert state.next_action is not None
+        self._pause = state.next_action.sleep
         self._why = state.outcome.exception()
         assert self._why is not None
         self._failed(_told(self._why))

@@ -13,6 +13,7 @@ from typing import Any
 from mpi4py import MPI
 
 from hpcft.errors import HpcftError
+from hpcft.telemetry.events import Echo
 from hpcft.telemetry.rundir import RunDirectory
 from hpcft.world.journal import Journal
 from hpcft.world.link import Link
@@ -80,7 +81,8 @@ def meet(link: Link) -> None:
         options["min_ranks"],
     )
     world = World(comm, link, hosts, options["spares"], policy)
-    rundir = RunDirectory(Path(options["run_dir"]))
+    echo = Echo(options["terminal"]) if options["verbose"] >= 2 else None
+    rundir = RunDirectory(Path(options["run_dir"]), echo)
     comm.Barrier()
     link.send("met")
     journal = Journal(rundir, world, pids, options["restarts"])
