@@ -39,6 +39,7 @@ class Teller:
         )
         self._unsaid: list[str] = []
         self._board: Board | None = None
+        self._began = False
         if folder := options.get("tensorboard"):
             # Few want it, and it is slow to import.
             from hpcft.train.tensorboard import Board
@@ -83,6 +84,11 @@ class Teller:
             self._heart.at(step, {})
         if self._board:
             self._board.goes_on(step)
+            if self._journal and self._world.logical == 0 and not self._began:
+                why = self._journal.launched_again_for()
+                if why:
+                    self._board.failed(step, f"All ranks were launched again: {why}")
+            self._began = True
 
     def stepped(self, step: int, size: int, metrics: dict[str, float]) -> None:
         """A step is completed."""
@@ -163,7 +169,7 @@ class Teller:
                 self._line.say(f"hpcft: {text}")
             if self._board:
                 seconds = recovery.ended - recovery.began
-                self._board.recovered(max(0, recovery.transfer.step), text, seconds)
+                self._board.failed(max(0, recovery.transfer.step), text, seconds)
 
 
 def _checkpoint_in_words(kind: str, step: int, detail: Mapping[str, Any]) -> str:

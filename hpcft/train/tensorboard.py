@@ -91,9 +91,14 @@ class Board:
             scalars["hpcft/steps_per_second"] = lap.steps / seconds
         self._put(_Entry(lap.last, scalars))
 
-    def recovered(self, step: int, text: str, seconds: float) -> None:
-        """The run has healed, and has gone on after a step; a failure had hit the next."""
-        scalars = {"hpcft/recovery_seconds": seconds}
+    def failed(self, step: int, text: str, seconds: float | None = None) -> None:
+        """A failure has hit what came after a step.
+
+        Parameters
+        ----------
+        seconds: that the recovery from it has taken; None if it was none in place.
+        """
+        scalars = {} if seconds is None else {"hpcft/recovery_seconds": seconds}
         self._put(_Entry(step + 1, scalars, "hpcft/failures", text))
 
     def _put(self, entry: _Entry) -> None:

@@ -36,7 +36,7 @@ def test_metrics_laps_and_failures_are_there(tmp_path: Path, said: list[str]) ->
     board = Board(tmp_path / "a" / "b", said.append)
     steps(board, 1, 3, 0.5)
     board.lapped(Lap(0, 0, 0, 1, 4, 10.0, 12.0, 2.0, 1.0, 0.5, {}), ranks=3)
-    board.recovered(3, "rank 1 failed", 0.25)
+    board.failed(3, "rank 1 failed", 0.25)
     board.close()
     found = read(tmp_path / "a" / "b")
     assert scalars(tmp_path / "a" / "b", "loss") == [(1, 0.5), (2, 0.5), (3, 0.5)]
@@ -67,7 +67,7 @@ def test_steps_done_again_take_the_place_of_those_before(tmp_path: Path, said: l
     steps(board, 5, 6, 2.0)
     # A failure that costs no step.
     board.goes_on(6)
-    board.recovered(6, "rank 1 failed", 0.1)
+    board.failed(6, "rank 1 failed", 0.1)
     steps(board, 7, 7, 3.0)
     board.close()
     after = [(5, 2.0), (6, 2.0), (7, 3.0)]
