@@ -260,7 +260,8 @@ class Shepherd:
         await self.fleet.leave()
         await self._leaving
         code = self.outcome.code
-        if self.fleet.speaks:
+        speaks = self.fleet.speaks
+        if speaks:
             await self._tell_of_the_end(code)
         unwanted = self._asked and not self._orphaned
         over = unwanted or (code in (0, INTERRUPTED) and not self._unsaved)
@@ -271,6 +272,9 @@ class Shepherd:
             # want them.
             for store in self._near:
                 store.clear_all()
+        if not speaks and self._uploads and self._task.starter == "mpiexec":
+            # Else it would kill who uploads, and leaves with the exit code after that.
+            return 0
         return code
 
     async def _tell_of_the_end(self, code: int) -> None:
@@ -285,11 +289,17 @@ class Shepherd:
         if self._scheduler and self._options.most_requeues is not None:
             self._scheduler.concluded(code, self._options.most_requeues, self.lost)
 
+    @property
+    def _uploads(self) -> bool:
+        """Whether the shepherds are to see to the upload of the run, and not the launcher."""
+        return self._options.upload is not None and not self._task.launched_by_us
+
     async def _have_it_uploaded(self) -> None:
         """What the run leaves, if the user wants that, and nobody else sees to it."""
         options = self._options
-        if options.upload is None or self._task.launched_by_us:
+        if not self._uploads:
             return
+        assert options.upload is not None
         upload = Upload(options.run_dir, options.upload, not options.verbose)
         limit: float | None = None
         if self._scheduler and self._leave_at is not None:
