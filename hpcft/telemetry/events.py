@@ -70,7 +70,9 @@ class Echo:
 
     def __call__(self, event: Event) -> None:
         clear = "\r\x1b[K" if self.terminal else ""
-        print(f"{clear}{line(event)}", file=sys.stderr, flush=True)
+        # At once, for others write to the same terminal.
+        sys.stderr.write(f"{clear}{line(event)}\n")
+        sys.stderr.flush()
 
 
 def size_at(events: Sequence[Event], step: int) -> int | None:
