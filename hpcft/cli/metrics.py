@@ -17,6 +17,7 @@ from types import FrameType
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.metrics_core import Metric
 from prometheus_client.samples import Sample
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from hpcft.cli.runs import RUN, add_run
 from hpcft.errors import HpcftError, UsageError
@@ -40,6 +41,9 @@ that `hpcft run --metrics-port` serves while it trains.
 {RUN}
 See docs/metrics.md for what each figure is.
 """
+
+#: Seconds for which a port that is taken is tried again, and between two attempts.
+_PATIENCE, _AGAIN = 3.0, 0.2
 
 _EPILOG = "exit code: 0; 1 the run cannot be read or FILE not be written; 2 there is no such run"
 
@@ -128,8 +132,15 @@ def _serve(collector: RunCollector, address: Address, file: Path | None) -> int:
 
     # Whoever started this ends it by SIGTERM, which is no failure.
     signal.signal(signal.SIGTERM, end)
+    # Whoever has served a run before this, as its node or place was lost, may be about to end.
+    patient = Retrying(
+        wait=wait_fixed(_AGAIN),
+        stop=stop_after_delay(_PATIENCE),
+        retry=retry_if_exception_type(OSError),
+        reraise=True,
+    )
     try:
-        server, thread = start_http_server(address.port, address.host, registry)
+        server, thread = patient(start_http_server, address.port, address.host, registry)
     except OSError as error:
         raise HpcftError(
             f"nothing can be served at {address}: {error.strerror or error}",
