@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 
 from hpcft.ckpt.near import claimed
-from hpcft.errors import HpcftError
+from hpcft.errors import HpcftError, UsageError
 from hpcft.launch import local
 from hpcft.launch.keeper import Keeper
 from hpcft.launch.options import RunOptions, Sizes, check_sizes, parse
@@ -75,9 +75,17 @@ def _shepherd(options: RunOptions, task: Task, argv: list[str]) -> int:
         # The request to end came before this task, which is on a slow node, was there.
         return 1
     if not task.launched_by_us and task.place.rank == 0:
+        try:
+            local.require_places(options)
+        except UsageError as error:
+            if task.step:
+                # The others would wait for this task, which is not to come.
+                print(f"hpcft: {error.line}", file=sys.stderr, flush=True)
+                task.end_all()
+            raise
         local.create_run_directory(options, task.place.size, task.launch)
         register(options, argv)
-    if task.starter == "srun" and task.place.rank == 0:
+    if task.starter == "srun" and task.place.rank == 0 and options.verbose:
         _warn_of_srun_options()
         if options.most_requeues is not None:
             _warn_of_no_requeue()

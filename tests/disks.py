@@ -30,6 +30,17 @@ class Disk:
     def thaw(self) -> None:
         fcntl.ioctl(self._fd, _FITHAW, 0)
 
+    def fill(self) -> Path:
+        """Have no room be left; there is some again when the file that is returned is removed."""
+        filler = self.path / "filler"
+        with filler.open("wb", buffering=0) as file:
+            for size in (1 << 20, 1 << 12):
+                with contextlib.suppress(OSError):
+                    while True:
+                        file.write(bytes(size))
+                        os.fsync(file.fileno())
+        return filler
+
     def lose(self) -> None:
         """What is read from now on, and not cached, is an error (EIO)."""
         os.sync()

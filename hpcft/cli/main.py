@@ -8,7 +8,20 @@ import sys
 from types import ModuleType
 
 from hpcft import __version__, run
-from hpcft.cli import ckpt, doctor, join, leave, logs, ps, report, sbatch, stop, top
+from hpcft.cli import (
+    ckpt,
+    doctor,
+    join,
+    leave,
+    logs,
+    metrics,
+    ps,
+    report,
+    sbatch,
+    stop,
+    top,
+    upload,
+)
 from hpcft.errors import HpcftError
 
 _DESCRIPTION = "PyTorch training on MPI that survives the loss of ranks and nodes in place."
@@ -32,6 +45,8 @@ _COMMANDS: dict[str, ModuleType] = {
     "top": top,
     "logs": logs,
     "report": report,
+    "metrics": metrics,
+    "upload": upload,
     "join": join,
     "leave": leave,
     "stop": stop,

@@ -22,7 +22,7 @@ class Chronicle:
 
     Parameters
     ----------
-    verbose: whether it is said as well.
+    verbose: whether it is said as well; that the run has failed is in any case.
     """
 
     def __init__(self, rundir: RunDirectory, verbose: bool) -> None:
@@ -72,8 +72,8 @@ class Chronicle:
         launched: what would be in ranks.json, had training begun.
         near: where on this node there may be something to go on from.
         """
+        print(f"hpcft: the run has failed: {reason}", file=sys.stderr, flush=True)
         if self._verbose:
-            print(f"hpcft: the run has failed: {reason}", file=sys.stderr, flush=True)
             for store in near:
                 if left := sorted(store.files()):
                     print(

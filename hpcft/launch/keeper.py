@@ -26,6 +26,7 @@ from hpcft.launch import budget
 from hpcft.launch.child import adopt_orphans
 from hpcft.launch.company import Company
 from hpcft.launch.door import Door
+from hpcft.launch.exporter import Exporter
 from hpcft.launch.guest import Guest, visit
 from hpcft.launch.muster import GivenUp, Launched, LeftOut, Muster
 from hpcft.launch.options import RunOptions, Sizes
@@ -75,6 +76,7 @@ class Keeper:
         #: first.
         self._ticket: socket.socket | None = None
         self._launchers: list[subprocess.Popen[bytes]] = []
+        self._exporter = Exporter(options)
 
     async def run(self) -> int:
         """Look after the task's rank until the run is over.
@@ -91,7 +93,15 @@ class Keeper:
             # A former run's. Who has launched us has seen to it, and may do so again in this run.
             log.unlink(missing_ok=True)
         with self._warmed(log):
-            shepherd = Shepherd(self._options, self._task, place, environ, self._sizes, self._warm)
+            shepherd = Shepherd(
+                self._options,
+                self._task,
+                place,
+                environ,
+                self._sizes,
+                self._warm,
+                self._exporter,
+            )
             await shepherd.run()
             return await self._follow(1, shepherd)
 
@@ -145,6 +155,7 @@ class Keeper:
         try:
             yield
         finally:
+            self._exporter.close()
             self._warm.kill()
             self._warm.flush()
 
@@ -287,6 +298,7 @@ class Keeper:
             {**launched.environ, **self._settings, **here},
             self._sizes,
             self._warm,
+            self._exporter,
             number,
             company,
             launched.ticket,
@@ -323,7 +335,7 @@ class Keeper:
             )
         vain = self._vain + 1 if step <= self._furthest else 0
         if vain > _VAIN or (vain and raised is not None):
-            if raised is not None and self._options.verbose:
+            if raised is not None:
                 print(self._rundir.last_traceback(raised), file=sys.stderr, flush=True)
             again = f"; no launch comes further than step {step}" if budget.lately(events) else ""
             raise GivenUp(code, why + again)

@@ -23,6 +23,7 @@ from hpcft.launch.child import (
 from hpcft.launch.options import RunOptions, check_sizes
 from hpcft.launch.register import register
 from hpcft.launch.scratch import scratch
+from hpcft.launch.upload import Upload, require_writable
 from hpcft.telemetry.events import Event
 from hpcft.telemetry.rundir import RunDirectory
 from hpcft.telemetry.summary import summarise
@@ -59,15 +60,16 @@ def launch(options: RunOptions, argv: list[str]) -> int:
     mpi = openmpi.find()
     openmpi.require_fault_tolerance(mpi)
     openmpi.require_mpi4py(mpi)
-    if problem := known_problem(mpi.version):
+    if options.verbose and (problem := known_problem(mpi.version)):
         print(f"hpcft: warning: {problem}", file=sys.stderr)
+    require_places(options)
     create_run_directory(options, 0, "")
     register(options, argv)
     again = [sys.executable, "-m", "hpcft.run", "--run-dir", str(options.run_dir), *argv]
     environ = {**os.environ, "HPCFT_LAUNCHER": str(os.getpid())}
     if sys.stderr.isatty():
         environ["HPCFT_TERMINAL"] = "1"
-    rundir = RunDirectory(options.run_dir)
+    rundir = options.rundir
     # The table is made when training begins.
     launcher = _Launcher(lambda: options.checkpoints is not None and rundir.ranks_file.exists())
     objection = ""
@@ -83,9 +85,24 @@ def launch(options: RunOptions, argv: list[str]) -> int:
         for tier in options.checkpoints.near:
             NearStore(Path(tier.path)).clear_all()
     _tell_of_failure(rundir, code, objection)
+    if options.upload:
+        launcher.upload(Upload(options.run_dir, options.upload, not options.verbose))
     if not code and rundir.failed():
         return 3
     return code
+
+
+def require_places(options: RunOptions) -> None:
+    """See that what the run serves and uploads it can, before anything else is touched.
+
+    Raises
+    ------
+    UsageError: it cannot.
+    """
+    if options.metrics:
+        options.metrics.require_free("--metrics-port")
+    if options.upload:
+        require_writable(options.upload)
 
 
 def create_run_directory(options: RunOptions, tasks: int, launch: str) -> None:
@@ -118,6 +135,7 @@ class _Launcher:
         self._warned: list[int] = []
         self._wished: list[int] = []
         self._asked: list[int] = []
+        self._upload: Upload | None = None
         adopt_orphans()
         for number in (*_ENDS, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, self._signalled)
@@ -161,7 +179,20 @@ class _Launcher:
             return tasks.code
         return code if code >= 0 else 128 - code
 
+    def upload(self, upload: Upload) -> None:
+        """Have the run, which is over, be uploaded, unless somebody wants all to end at once."""
+        if len(self._wished) + len(self._asked) > 1:
+            upload.skip("as the run was ended at once")
+            return
+        self._upload = upload
+        upload.start()
+        upload.wait()
+
     def _signalled(self, number: int, _: FrameType | None) -> None:
+        if self._upload:
+            if number in _ENDS:
+                self._upload.stop()
+            return
         # mpiexec passes it on to the shepherds, and they to the ranks. Asked twice, it is killed.
         if number not in _ENDS:
             self._warned.append(number)

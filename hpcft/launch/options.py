@@ -17,7 +17,11 @@ from hpcft.ckpt import near
 from hpcft.ckpt.near import Copies, Tier
 from hpcft.ckpt.policy import BEST, Best, Policy, Retention
 from hpcft.errors import UsageError
+from hpcft.launch import upload
 from hpcft.slurm import naming
+from hpcft.telemetry.address import Address
+from hpcft.telemetry.events import Echo
+from hpcft.telemetry.rundir import RunDirectory
 from hpcft.world.script import home
 
 _DESCRIPTION = """\
@@ -48,6 +52,11 @@ _UNITS = {"s": 1, "m": 60, "h": 3600}
 _SIZES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
+def at_terminal() -> bool:
+    """Whether this process's run is watched at a terminal, through mpiexec or not."""
+    return sys.stderr.isatty() or bool(os.environ.get("HPCFT_TERMINAL"))
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """What the user asked for; see :func:`parse` for the meaning of each.
@@ -73,6 +82,14 @@ class RunOptions:
     checkpoints: Policy | None
     max_relaunch: int
     most_requeues: int | None
+    metrics: Address | None
+    tensorboard: Path | None
+    upload: str | None
+
+    @property
+    def rundir(self) -> RunDirectory:
+        """The run directory; what is added to its events is said if that is wanted."""
+        return RunDirectory(self.run_dir, Echo(at_terminal()) if self.verbose >= 2 else None)
 
     @property
     def command(self) -> list[str]:
@@ -264,13 +281,43 @@ def _parser() -> argparse.ArgumentParser:
         "last start",
     )
     add(
+        "--metrics-port",
+        metavar="[HOST:]PORT",
+        help="serve the run's figures to Prometheus at http://HOST:PORT/metrics, from the node of "
+        "the lowest rank's shepherd, also when ranks fail; 0 picks a free port, and status.json "
+        "says which; whoever reaches the port can read them, so on a shared machine give "
+        "127.0.0.1:PORT (default: not; HOST: all interfaces)",
+    )
+    add(
+        "--tensorboard",
+        action="store_true",
+        help="write the script's metrics, and the run's own figures, step by step for TensorBoard "
+        "to tensorboard/ in the run directory; needs tensorboardX (default: not)",
+    )
+    add(
+        "--tensorboard-dir",
+        type=Path,
+        metavar="DIR",
+        help="write them there, the same path on all nodes; a run that goes on from a checkpoint "
+        "goes on in the same curves",
+    )
+    add(
+        "--upload",
+        metavar="URL",
+        help="when the run has ended, well or not, copy what it leaves to URL/ and the run "
+        "directory's name: a directory, s3://bucket/runs, or whatever fsspec knows; not "
+        "checkpoints. URL is tried before training begins; if the upload fails the run is kept "
+        "where it is, and its exit code is its own (default: not)",
+    )
+    add(
         "--verbose",
         type=int,
         choices=range(4),
         default=1,
         metavar="0..3",
-        help="0 errors only, 1 progress and failures, 2 each event, 3 the output of all ranks "
-        "(default 1)",
+        help="0 errors only, and what rank 0 prints; 1 also warnings, progress and failures; 2 "
+        "also each event as it goes to events.jsonl, and why shepherds give up; 3 also what the "
+        "other ranks print, a number before each line (default 1)",
     )
     add(
         "--no-warm",
@@ -346,6 +393,7 @@ def parse(argv: list[str]) -> RunOptions:
     _check_target(target[0], given.module)
     preload = tuple(name for names in given.preload for name in names.split(","))
     _check_preload(preload, home(["-m", *target] if given.module else target))
+    run_dir = _run_dir(given.run_dir)
     return RunOptions(
         argv=tuple(argv),
         target=tuple(target),
@@ -355,7 +403,7 @@ def parse(argv: list[str]) -> RunOptions:
         spares=given.spares,
         min_ranks=given.min_ranks,
         on_failure=ways,
-        run_dir=_run_dir(given.run_dir),
+        run_dir=run_dir,
         timeout_detect=given.timeout_detect,
         timeout_progress=given.timeout_progress,
         verbose=given.verbose,
@@ -367,7 +415,24 @@ def parse(argv: list[str]) -> RunOptions:
         if given.max_relaunch is None
         else given.max_relaunch,
         most_requeues=_most_requeues(given),
+        metrics=None
+        if given.metrics_port is None
+        else Address.parse("--metrics-port", given.metrics_port),
+        tensorboard=_tensorboard(given, run_dir),
+        upload=None if given.upload is None else upload.place(given.upload),
     )
+
+
+def _tensorboard(given: argparse.Namespace, run_dir: Path) -> Path | None:
+    if not (given.tensorboard or given.tensorboard_dir):
+        return None
+    if importlib.util.find_spec("tensorboardX") is None:
+        raise UsageError(
+            "--tensorboard needs the package tensorboardX, which is not installed",
+            "pip install tensorboardX",
+        )
+    folder: Path = given.tensorboard_dir or RunDirectory(run_dir).tensorboard_folder
+    return folder.absolute()
 
 
 def _nproc(text: str | None) -> tuple[int | None, int | None]:

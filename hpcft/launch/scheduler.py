@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from functools import partial
 
 from hpcft.ckpt.errand import Errand
@@ -20,6 +21,8 @@ from hpcft.telemetry.summary import summarise
 _SAFETY = 1.5
 #: Seconds between two looks at whether Slurm wants nodes back.
 _DRAIN_LOOK = 30.0
+#: Seconds in which the controller has to say how long it leaves a job that is to end.
+_ASKING_TIME = 5.0
 
 
 class Scheduler:
@@ -39,10 +42,18 @@ class Scheduler:
 
     def saved(self, seconds: float) -> None:
         """A checkpoint is committed; after the first, warn if it could not be in the time left."""
-        if not self._saved:
+        if self._verbose and not self._saved:
             self._saved = True
             # The controller may be slow.
             Errand(partial(_warn_of_short_grace, self._step, seconds))
+
+    async def grace(self) -> float:
+        """Seconds from a warning until Slurm may end the job: the least of those there may be."""
+        asking = Errand(partial(_least_grace, self._step))
+        deadline = time.monotonic() + _ASKING_TIME
+        while not asking.done and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+        return asking.result() if asking.done else 0.0
 
     def concluded(self, code: int, most: int, lost: frozenset[str]) -> None:
         """The run is over: have the job start again where that helps.
@@ -88,6 +99,11 @@ async def retire_drained(fleet: Fleet, min_ranks: int) -> None:
         if len(standing - going) >= min_ranks:
             for rank in going - fleet.known("retire"):
                 fleet.announce("retire", rank, reason=f"{hosts[rank]} is drained")
+
+
+def _least_grace(step: Step) -> float:
+    job = find_job(step.job)
+    return min((grace.seconds for grace in job.graces()), default=0.0) if job else 0.0
 
 
 def _warn_of_short_grace(step: Step, needed: float) -> None:

@@ -40,10 +40,11 @@ from hpcft.launch.courier import Courier
 from hpcft.launch.crew import Crew
 from hpcft.launch.departure import Departures
 from hpcft.launch.door import Door, Doorkeeper
+from hpcft.launch.exporter import Exporter
 from hpcft.launch.fleet import Fleet, Listener
 from hpcft.launch.link import Link
 from hpcft.launch.muster import undone
-from hpcft.launch.options import RunOptions, Sizes
+from hpcft.launch.options import RunOptions, Sizes, at_terminal
 from hpcft.launch.outcome import Outcome
 from hpcft.launch.place import Place, Task
 from hpcft.launch.reaper import Reaper
@@ -52,9 +53,9 @@ from hpcft.launch.resizing import Resizing
 from hpcft.launch.scheduler import Scheduler, retire_drained
 from hpcft.launch.siblings import Siblings
 from hpcft.launch.signals import ENDS, WARNINGS, Meaning, Signals
+from hpcft.launch.upload import Upload
 from hpcft.launch.vigil import Vigil
 from hpcft.launch.warm import Warm
-from hpcft.telemetry.rundir import RunDirectory
 from hpcft.world.departure import LEAVE, RESIZE, STAYS
 from hpcft.world.progress import Progress
 
@@ -72,6 +73,8 @@ _ASKED = tuple(128 + number for number in ENDS + WARNINGS)
 _TOO_MUCH = TooFewRanks.exit_code
 #: Seconds after which it is said that a run that was asked to end is still in a step.
 _STEP_TIME = 10.0
+#: Seconds of the time that Slurm leaves a run that are not for uploading it.
+_REST_TIME = 5.0
 #: Seconds in which all ranks must have started MPI, and those that go by before the last of them
 #: has imported what is preloaded.
 _START_TIME, _PRELOAD_TIME = 300.0, 3600.0
@@ -89,6 +92,7 @@ class Shepherd:
     environ: the environment of the rank, with its place in MPI.
     sizes: how many ranks train.
     warm: what the rank is forked from.
+    exporter: serves the run's metrics, if this shepherd is the one to see to that.
     number: which launch of the run it is, from 1.
     former: the shepherds of the launch before this, or who this task was a guest of.
     ticket: connection to what lends the rank its place in MPI.
@@ -110,6 +114,7 @@ class Shepherd:
         environ: Mapping[str, str],
         sizes: Sizes,
         warm: Warm,
+        exporter: Exporter,
         number: int = 1,
         former: Company | None = None,
         ticket: socket.socket | None = None,
@@ -121,6 +126,7 @@ class Shepherd:
         self._environ = environ
         self._sizes = sizes
         self._warm = warm
+        self._exporter = exporter
         self._number = number
         self._former = former
         self._ticket = ticket
@@ -128,7 +134,7 @@ class Shepherd:
         self.again = False
         self.fleet: Fleet | None = None
         self.outcome = Outcome()
-        self._rundir = RunDirectory(options.run_dir)
+        self._rundir = options.rundir
         self._crew = Crew(set(range(sizes.share(place.size))))
         self._chronicle = Chronicle(self._rundir, bool(options.verbose))
         self._scheduler: Scheduler | None = None
@@ -153,6 +159,9 @@ class Shepherd:
         #: Whether the ranks have left what the next launch is to go on from.
         self._handed_over = False
         self._unsaved = False
+        #: When the run was asked to end in order, by a monotonic clock.
+        self._leave_at: float | None = None
+        self._upload: Upload | None = None
 
     @property
     def lost(self) -> frozenset[str]:
@@ -256,8 +265,9 @@ class Shepherd:
         await self.fleet.leave()
         await self._leaving
         code = self.outcome.code
-        if self.fleet.speaks:
-            self._tell_of_the_end(code)
+        speaks = self.fleet.speaks
+        if speaks:
+            await self._tell_of_the_end(code)
         unwanted = self._asked and not self._orphaned
         over = unwanted or (code in (0, INTERRUPTED) and not self._unsaved)
         # Others on this node may go on with what is there.
@@ -267,18 +277,47 @@ class Shepherd:
             # want them.
             for store in self._near:
                 store.clear_all()
+        if not speaks and self._uploads and self._task.starter == "mpiexec":
+            # Else it would kill who uploads, and leaves with the exit code after that.
+            return 0
         return code
 
-    def _tell_of_the_end(self, code: int) -> None:
+    async def _tell_of_the_end(self, code: int) -> None:
         """For all: why the run has failed, and whether it is to start again."""
         if code not in (0, INTERRUPTED):
             deaths, reason = self.outcome.deaths(), self.outcome.why()
             self._chronicle.failed(reason, deaths, self._as_launched(), self._near)
+        if code == INTERRUPTED and self._handed_over:
+            self._chronicle.interrupted(self.outcome.wish, self.step)
+        # Slurm ends a job that it is to start again at once.
+        await self._have_it_uploaded()
         ours = not self._task.of_another_job
         if self._scheduler and ours and self._options.most_requeues is not None:
             self._scheduler.concluded(code, self._options.most_requeues, self.lost)
-        if code == INTERRUPTED and self._handed_over:
-            self._chronicle.interrupted(self.outcome.wish, self.step)
+
+    @property
+    def _uploads(self) -> bool:
+        """Whether the shepherds are to see to the upload of the run, and not the launcher."""
+        return self._options.upload is not None and not self._task.launched_by_us
+
+    async def _have_it_uploaded(self) -> None:
+        """What the run leaves, if the user wants that, and nobody else sees to it."""
+        options = self._options
+        if not self._uploads:
+            return
+        assert options.upload is not None
+        upload = Upload(options.run_dir, options.upload, not options.verbose)
+        limit: float | None = None
+        if self._scheduler and self._leave_at is not None:
+            waited = time.monotonic() - self._leave_at
+            limit = await self._scheduler.grace() - waited - _REST_TIME
+        if self._asked and self._leave_at is not None:
+            upload.skip("as the run was ended at once")
+        elif limit is not None and limit <= 0:
+            upload.skip("for lack of time")
+        else:
+            self._upload = upload
+            await upload.finish(limit)
 
     def note_relaunch(self, step: int, hosts: dict[int, str]) -> None:
         """Write down that this launch has failed, and another is to come.
@@ -371,8 +410,9 @@ class Shepherd:
             "warm": options.warm,
             "digest": options.digest,
             "checkpoints": options.checkpoints and asdict(options.checkpoints),
+            "tensorboard": options.tensorboard and str(options.tensorboard),
             "restarts": self._task.step.restarts if self._task.step else 0,
-            "terminal": sys.stderr.isatty() or bool(os.environ.get("HPCFT_TERMINAL")),
+            "terminal": at_terminal(),
         }
 
     def _echo(self, logical: int | None) -> None:
@@ -420,6 +460,7 @@ class Shepherd:
         self.fleet = fleet
         self._start_timer.cancel()
         self._tasks.append(asyncio.ensure_future(self._vigil.keep()))
+        self._tasks.append(asyncio.ensure_future(self._exporter.keep(lambda: fleet.speaks)))
         if self._place.rank == 0:
             self._doorkeeper = Doorkeeper(self._rundir, self._door(peers, message["secret"]))
         self._link.tell({"kind": "ready"})
@@ -589,6 +630,11 @@ class Shepherd:
 
     def _signalled(self, number: int) -> None:
         """Somebody wants the run to end: by a warning, in order, or by a second signal at once."""
+        if self._upload:
+            # Of Slurm's and of launchers' some come when all others have ended; SIGINT is meant.
+            if number == signal.SIGINT:
+                self._upload.stop()
+            return
         if self._over.is_set():
             # Between two launches nobody is there who could leave in order.
             if self._another():
@@ -670,6 +716,7 @@ class Shepherd:
             print(f"hpcft: {self.outcome.reason}", file=sys.stderr, flush=True)
             # A signal could come before who is still starting can take it for what it is.
             await asyncio.sleep(_NOTICE_TIME)
+            await self._have_it_uploaded()
             self._task.end_all()
         os._exit(self.outcome.decided or 1)
 
@@ -695,6 +742,7 @@ class Shepherd:
         elif kind in (LEAVE, RESIZE):
             if kind == LEAVE:
                 self.outcome.wish = fact["reason"]
+                self._leave_at = time.monotonic()
                 asyncio.get_running_loop().call_later(_STEP_TIME, self._still_in_a_step)
             # Else the rank cannot be told yet.
             if self.fleet:

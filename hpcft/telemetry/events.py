@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -38,6 +39,40 @@ class Event:
     epoch: int = 0
     time: float = field(default_factory=time.time)
     detail: dict[str, Any] = field(default_factory=dict)
+
+
+def line(event: Event) -> str:
+    """An event as a line for people: what, at which step, of which ranks, and its details."""
+    when = time.strftime("%H:%M:%S", time.localtime(event.time))
+    said = [f"{when} {event.kind}, step {event.step}"]
+    if event.ranks:
+        said.append(f"rank{'s' * (len(event.ranks) > 1)} {' '.join(map(str, event.ranks))}")
+    said += [f"{name} {_value(value)}" for name, value in event.detail.items()]
+    return "hpcft: " + ", ".join(said)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"({', '.join(f'{name} {_value(part)}' for name, part in value.items())})"
+    if isinstance(value, list):
+        return " ".join(map(_value, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+@dataclass(frozen=True)
+class Echo:
+    """Says events at the terminal, as they are written down.
+
+    terminal: whether a line that is renewed in place may have to make room.
+    """
+
+    terminal: bool
+
+    def __call__(self, event: Event) -> None:
+        clear = "\r\x1b[K" if self.terminal else ""
+        # At once, for others write to the same terminal.
+        sys.stderr.write(f"{clear}{line(event)}\n")
+        sys.stderr.flush()
 
 
 def size_at(events: Sequence[Event], step: int) -> int | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 #: Buckets of a histogram to each doubling of the time: 9 % from one to the next.
 _TO_A_DOUBLING = 8
+_NAME = re.compile(r"rank-\d+\.jsonl")
 
 
 def bucket(seconds: float) -> int:
@@ -110,16 +111,79 @@ def by_process(folder: Path) -> Iterator[Iterator[Lap]]:
 
 
 def _of_file(file: Path) -> Iterator[Lap]:
-    if not re.fullmatch(r"rank-\d+\.jsonl", file.name):
-        return
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                content = json.loads(line)
-                content["buckets"] = {int(key): count for key, count in content["buckets"].items()}
-                yield Lap(**content)
-            except (ValueError, TypeError, KeyError, AttributeError):
-                continue
+    if _NAME.fullmatch(file.name):
+        with file.open("rb") as lines:
+            yield from _parsed(lines)
+
+
+def _parsed(lines: Iterable[bytes]) -> Iterator[Lap]:
+    for line in lines:
+        try:
+            content = json.loads(line)
+            content["buckets"] = {int(key): count for key, count in content["buckets"].items()}
+            yield Lap(**content)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue
+
+
+@dataclass
+class Spent:
+    """What a logical rank's laps come to, whoever has played it.
+
+    steps: number of steps, those that were done again included.
+    compute, waiting, saving: as in :class:`Lap`, in seconds.
+    """
+
+    steps: int = 0
+    compute: float = 0.0
+    waiting: float = 0.0
+    saving: float = 0.0
+
+
+class Tally:
+    """The sums of a run's laps by logical rank, renewed as laps are added.
+
+    A renewal reads what has been added, for the laps of a long run are many.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._read: dict[Path, int] = {}
+        self.by_rank: dict[int, Spent] = {}
+
+    def renew(self) -> None:
+        """Read what has been added.
+
+        Raises
+        ------
+        OSError: it cannot be read.
+        """
+        sizes = {
+            file: file.stat().st_size
+            for file in self._folder.glob("rank-*.jsonl")
+            if _NAME.fullmatch(file.name)
+        }
+        if any(sizes.get(file, 0) < read for file, read in self._read.items()):
+            # Another run has begun in the same directory.
+            self._read, self.by_rank = {}, {}
+        for file, size in sizes.items():
+            if size > self._read.get(file, 0):
+                self._add(file)
+
+    def _add(self, file: Path) -> None:
+        with file.open("rb") as opened:
+            begin = self._read.get(file, 0)
+            opened.seek(begin)
+            added = opened.read()
+        # The rest of a line may be yet to come.
+        whole = added[: added.rfind(b"\n") + 1]
+        self._read[file] = begin + len(whole)
+        for lap in _parsed(whole.splitlines()):
+            spent = self.by_rank.setdefault(lap.rank, Spent())
+            spent.steps += lap.steps
+            spent.compute += lap.compute
+            spent.waiting += lap.waiting
+            spent.saving += lap.saving
 
 
 def _finite(metrics: dict[str, float]) -> dict[str, float]:

@@ -6,9 +6,11 @@
     events.jsonl   one line an event
     status.json    how far it is, renewed every second
     summary.json   written at the end
+    metrics.json   where its metrics are served, as long as they are (--metrics-port)
     door.json      how to join it, as long as it trains; its user alone can read that
     report.html    written by `hpcft report`, if somebody has asked for it
     laps/          how the ranks spend their steps, rank-<world rank>.jsonl (hpcft.telemetry.laps)
+    tensorboard/   what TensorBoard shows of it (--tensorboard)
     logs/          stdout and stderr of every process, rank-<world rank>.log
     called-off-*   only where ranks did not start: the launch it names has failed
 """
@@ -18,7 +20,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +34,13 @@ _LOG_END = 1 << 20
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The files of one run under ``path``."""
+    """The files of one run under ``path``.
+
+    tell: called with each event that is added here; None for nobody.
+    """
 
     path: Path
+    tell: Callable[[Event], None] | None = field(default=None, compare=False)
 
     @property
     def ranks_file(self) -> Path:
@@ -52,6 +59,10 @@ class RunDirectory:
         return self.path / "status.json"
 
     @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.json"
+
+    @property
     def door_file(self) -> Path:
         return self.path / "door.json"
 
@@ -65,6 +76,10 @@ class RunDirectory:
     def log_file(self, world: int) -> Path:
         """Where process ``world``'s output goes."""
         return self.path / "logs" / f"rank-{world}.log"
+
+    @property
+    def tensorboard_folder(self) -> Path:
+        return self.path / "tensorboard"
 
     @property
     def laps_folder(self) -> Path:
@@ -86,9 +101,11 @@ class RunDirectory:
         own = {self.log_file(world) for world in range(size)}
         former = set((self.path / "logs").glob("rank-*.log")) - own
         former |= set(self.laps_folder.glob("rank-*.jsonl"))
+        former |= set(self.tensorboard_folder.glob("events.*"))
         former |= set(self.path.glob("called-off-*")) - {self._called_off_file(launch)}
         own_files = (self.ranks_file, self.events_file, self.status_file, self.summary_file)
-        for file in (*own_files, self.door_file, self.report_file, *former):
+        ours = (self.door_file, self.report_file, self.metrics_file)
+        for file in (*own_files, *ours, *former):
             file.unlink(missing_ok=True)
         self._sweep()
 
@@ -113,6 +130,9 @@ class RunDirectory:
     def append(self, events: list[Event]) -> None:
         """Add events to the log."""
         log.append(self.events_file, events)
+        for event in events if self.tell else ():
+            assert self.tell is not None
+            self.tell(event)
 
     def ranks(self) -> list[dict[str, Any]]:
         """The entries of ``ranks.json``; none if there is none yet."""
@@ -131,6 +151,11 @@ class RunDirectory:
     def door(self) -> dict[str, Any] | None:
         """What ``door.json`` says; None if it is not there."""
         return _content(self.door_file)
+
+    def metrics_url(self) -> str | None:
+        """Where the run's metrics are served; None if they are not."""
+        content = _content(self.metrics_file)
+        return None if content is None else str(content["url"])
 
     def failed(self) -> bool:
         """Whether there is a summary, and of a run that has failed."""
@@ -188,7 +213,8 @@ class RunDirectory:
 
     def _sweep(self) -> None:
         """Remove what writers left that were killed in the middle of it."""
-        for file in (self.ranks_file, self.status_file, self.summary_file, self.door_file):
+        files = (self.ranks_file, self.status_file, self.summary_file, self.metrics_file)
+        for file in (*files, self.door_file):
             for torn in self.path.glob(f".{file.name}.*"):
                 torn.unlink(missing_ok=True)
 

@@ -63,8 +63,14 @@ class Heartbeat:
                 "rate": (step - first) / (now - began) if now > began else None,
                 "epoch": self._world.membership.epoch,
                 "metrics": {name: _number(value) for name, value in metrics.items()},
+                "metrics_url": self._metrics_url(),
             }
         )
+
+    def _metrics_url(self) -> str | None:
+        with contextlib.suppress(ValueError, LookupError, OSError):
+            return self._rundir.metrics_url()
+        return None
 
 
 def _number(value: float) -> float | None:

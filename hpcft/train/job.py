@@ -607,6 +607,7 @@ class Job:
             raise SystemExit(0)
         if self._resizing:
             self._teller.tell()
+            self._teller.close()
             raise SystemExit(INTERRUPTED)
         if self._leaving:
             assert link is not None

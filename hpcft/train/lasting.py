@@ -33,7 +33,7 @@ class Lasting:
         self.teller = Teller(session)
         run_dir = session.options.get("run_dir")
         laps = RunDirectory(Path(run_dir)).laps_folder if run_dir else None
-        self.pace = Pace(laps, session.world)
+        self.pace = Pace(laps, session.world, self.teller.lapped)
         self.repetition = Repetition(session.world)
         world, self.checkpoints = session.world, None
         if wanted := session.options["checkpoints"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from hpcft.ckpt.errand import Errand
@@ -25,10 +25,14 @@ class Pace:
     Parameters
     ----------
     folder: where laps go; None if nobody wants them.
+    lapped: called with every lap when it is over.
     """
 
-    def __init__(self, folder: Path | None, world: World) -> None:
+    def __init__(
+        self, folder: Path | None, world: World, lapped: Callable[[Lap], None] = lambda lap: None
+    ) -> None:
         self._folder = folder
+        self._lapped = lapped
         self._world = world
         self._started = time.monotonic()
         self._writing: Errand[None] | None = None
@@ -73,22 +77,22 @@ class Pace:
         """A lap is over, for it has been long enough or another membership begins."""
         logical = self._world.logical
         if self._steps and self._folder and logical is not None:
-            self._unwritten.append(
-                Lap(
-                    self._world.world,
-                    logical,
-                    self._lap_epoch,
-                    self._steps[0],
-                    self._steps[-1],
-                    self._lap_began,
-                    time.time(),
-                    self._compute,
-                    self._waiting,
-                    self._saving,
-                    dict(self._buckets),
-                    _numbers(self._metrics),
-                )
+            lap = Lap(
+                self._world.world,
+                logical,
+                self._lap_epoch,
+                self._steps[0],
+                self._steps[-1],
+                self._lap_began,
+                time.time(),
+                self._compute,
+                self._waiting,
+                self._saving,
+                dict(self._buckets),
+                numbers(self._metrics),
             )
+            self._unwritten.append(lap)
+            self._lapped(lap)
         self._clear()
         self._write()
 
@@ -116,9 +120,10 @@ class Pace:
         self._writing = Errand(lambda: laps.append(folder, unwritten))
 
 
-def _numbers(metrics: Mapping[str, float]) -> dict[str, float]:
-    numbers = {}
+def numbers(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Those of a script's metrics that are numbers."""
+    found = {}
     for name, value in metrics.items():
         with contextlib.suppress(TypeError, ValueError):
-            numbers[name] = float(value)
-    return numbers
+            found[name] = float(value)
+    return found

@@ -1,17 +1,21 @@
-"""What the user is told of a training: at the terminal, and in the run's journal."""
+"""What the user is told of a training: at the terminal, in the run's journal, by TensorBoard."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from hpcft.telemetry.laps import Lap
 from hpcft.telemetry.rundir import RunDirectory
 from hpcft.train.console import ProgressLine
 from hpcft.train.heartbeat import Heartbeat
 from hpcft.world.link import Failure
 from hpcft.world.recovery import Recovered
 from hpcft.world.session import Session
+
+if TYPE_CHECKING:
+    from hpcft.train.tensorboard import Board
 
 
 class Teller:
@@ -34,6 +38,13 @@ class Teller:
             else None
         )
         self._unsaid: list[str] = []
+        self._board: Board | None = None
+        self._began = False
+        if folder := options.get("tensorboard"):
+            # Few want it, and it is slow to import.
+            from hpcft.train.tensorboard import Board
+
+            self._board = Board(Path(folder), self.say)
 
     def say(self, text: str) -> None:
         """A line at the terminal, of whatever rank."""
@@ -71,6 +82,13 @@ class Teller:
             self._journal.restored(step)
         if self._heart and self._world.logical == 0:
             self._heart.at(step, {})
+        if self._board:
+            self._board.goes_on(step)
+            if self._journal and self._world.logical == 0 and not self._began:
+                why = self._journal.launched_again_for()
+                if why:
+                    self._board.failed(step, f"All ranks were launched again: {why}")
+            self._began = True
 
     def stepped(self, step: int, size: int, metrics: dict[str, float]) -> None:
         """A step is completed."""
@@ -83,6 +101,8 @@ class Teller:
             self._say_spares(self._journal.spares_lost(step))
         if self._heart and self._world.logical == 0:
             self._heart.at(step, metrics)
+        if self._board and self._world.logical == 0:
+            self._board.stepped(step, metrics)
         if self._line and self._world.logical == 0:
             self._line.step(step, size, metrics)
 
@@ -90,10 +110,23 @@ class Teller:
         """The world has healed."""
         if self._journal:
             self._journal.recovered(recovery)
+        if self._board and not recovery.transfer.anew:
+            self._board.goes_on(recovery.transfer.step)
+
+    def lapped(self, lap: Lap) -> None:
+        """A lap of this process's is over."""
+        if self._board and self._world.logical == 0:
+            self._board.lapped(lap, len(self._world.membership.active))
+
+    def close(self) -> None:
+        """Training is over here, and all is told."""
+        if self._board:
+            self._board.close()
 
     def finished(self, step: int, digest: str | None) -> None:
         """All ranks have agreed that training is over."""
         self.tell()
+        self.close()
         if self._journal:
             self._say_spares(self._journal.spares_lost(step, patience=0))
             self._journal.finished(step, digest)
@@ -106,6 +139,7 @@ class Teller:
         newest: the step of the newest checkpoint; -1 for none.
         """
         self.tell()
+        self.close()
         if self._journal:
             self._journal.interrupted(step, reason, newest)
         if self._line and self._world.logical == 0:
@@ -126,10 +160,16 @@ class Teller:
             self._line.say(f"hpcft: spare {failure.rank} on {host} failed ({cause})")
 
     def _say(self, told: list[Recovered]) -> None:
-        if self._line and self._world.logical == 0:
+        if self._world.logical != 0:
+            return
+        for recovery in told:
             assert self._world.link is not None
-            for recovery in told:
-                self._line.say(_in_words(recovery, self._world.link.failures, self._world.hosts))
+            text = _in_words(recovery, self._world.link.failures, self._world.hosts)
+            if self._line:
+                self._line.say(f"hpcft: {text}")
+            if self._board:
+                seconds = recovery.ended - recovery.began
+                self._board.failed(max(0, recovery.transfer.step), text, seconds)
 
 
 def _checkpoint_in_words(kind: str, step: int, detail: Mapping[str, Any]) -> str:
@@ -175,6 +215,6 @@ def _in_words(
     if recovery.transfer.anew:
         whence = f", from the checkpoint of step {step}" if step else ", from the beginning"
     return (
-        f"hpcft: {'; '.join(said)}. Going on at step {step} with {active} ranks and {spares} spares"
+        f"{'; '.join(said)}. Going on at step {step} with {active} ranks and {spares} spares"
         f"{whence}, recovered in {milliseconds:.0f} ms"
     )

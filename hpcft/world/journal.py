@@ -70,6 +70,11 @@ class Journal:
             self._write_ranks()
             self._rundir.append([Event("start", 0, ranks, detail=detail)])
 
+    def launched_again_for(self) -> str:
+        """Why the ranks were launched again; empty in the first launch."""
+        former = self._rundir.former_events()
+        return str(former[-1].detail["reason"]) if former else ""
+
     def recovered(self, recovery: Recovered) -> None:
         """The world has healed. Told when there is time for it, and the causes are known."""
         self._untold.append(_Story(recovery))

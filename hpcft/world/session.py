@@ -13,6 +13,7 @@ from typing import Any
 from mpi4py import MPI
 
 from hpcft.errors import HpcftError
+from hpcft.telemetry.events import Echo
 from hpcft.telemetry.rundir import RunDirectory
 from hpcft.world.journal import Journal
 from hpcft.world.link import Link
@@ -25,7 +26,8 @@ from hpcft.world.recovery import World
 class Session:
     """Everything a training job needs to know of the world it runs in.
 
-    options: what the launcher was told: run_dir, verbose, warm, digest, terminal, checkpoints.
+    options: what the launcher was told: run_dir, verbose, warm, digest, terminal, checkpoints,
+        tensorboard.
     key: the same in all processes, and in no other run.
     """
 
@@ -79,7 +81,8 @@ def meet(link: Link) -> None:
         options["min_ranks"],
     )
     world = World(comm, link, hosts, options["spares"], policy)
-    rundir = RunDirectory(Path(options["run_dir"]))
+    echo = Echo(options["terminal"]) if options["verbose"] >= 2 else None
+    rundir = RunDirectory(Path(options["run_dir"]), echo)
     comm.Barrier()
     link.send("met")
     journal = Journal(rundir, world, pids, options["restarts"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -44,5 +45,6 @@ def start_mpi() -> None:
     version = re.search(r"Open MPI v([\d.]+)", MPI.Get_library_version())
     # On one machine the launcher has said so, before anything started.
     told = "HPCFT_LAUNCHER" in os.environ or MPI.COMM_WORLD.rank != 0
-    if version and not told and (problem := known_problem(version[1])):
+    wanted = json.loads(os.environ.get("HPCFT_RUN", "{}")).get("verbose", 1)
+    if version and wanted and not told and (problem := known_problem(version[1])):
         print(f"hpcft: warning: {problem}", file=sys.stderr)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
-from hpcft.telemetry.events import Event, size_at
+from hpcft.telemetry.events import Echo, Event, line, size_at
+from hpcft.telemetry.rundir import RunDirectory
 
 
 def start(active: int) -> Event:
@@ -40,3 +44,22 @@ SECOND = [at("relaunch", 12), start(2), at("damaged", 10), at("restore", 5), at(
 )
 def test_how_many_ranks_made_a_step(events: list[Event], step: int, size: int | None) -> None:
     assert size_at(events, step) == size
+
+
+def test_an_event_is_a_line() -> None:
+    detail = {"cause": "killed", "phases": {"a": 1.5, "b": None}, "hosts": ["n1", "n2"], "left": []}
+    text = line(Event("failure", 7, (1, 2), 0, 0.0, detail))
+    assert re.fullmatch(
+        r"hpcft: \d\d:\d\d:\d\d failure, step 7, ranks 1 2, cause killed, "
+        r"phases \(a 1.5, b none\), hosts n1 n2, left none",
+        text,
+    )
+
+
+def test_what_is_added_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    added = [Event("start", 0, (0,)), Event("finish", 3)]
+    RunDirectory(tmp_path, Echo(terminal=False)).append(added)
+    assert capsys.readouterr().err == "".join(f"{line(event)}\n" for event in added)
+    RunDirectory(tmp_path).append(added)
+    assert capsys.readouterr().err == ""
+    assert RunDirectory(tmp_path).events() == added + added

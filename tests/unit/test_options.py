@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import sys
@@ -16,6 +17,7 @@ from hpcft.ckpt.near import Tier
 from hpcft.ckpt.policy import Best, Policy, Retention
 from hpcft.errors import UsageError
 from hpcft.launch.options import RunOptions, Sizes, check_sizes, parse
+from hpcft.telemetry.address import Address
 
 #: Any file will do as a script: it is not run.
 SCRIPT = str(Path(__file__))
@@ -42,6 +44,9 @@ def test_without_options_one_rank_per_task_trains_and_nothing_is_parked() -> Non
         digest=True,
         checkpoints=None,
         max_relaunch=0,
+        metrics=None,
+        tensorboard=None,
+        upload=None,
     )
 
 
@@ -51,6 +56,7 @@ def test_each_option_is_taken() -> None:
             *("--nproc", "4", "--spares=2", "--min-ranks", "3", "--on-failure", "shrink"),
             *("--run-dir", "/runs/a", "--timeout-detect", "0.1", "--timeout-progress", "0"),
             *("--preload", "json,os", "--preload=test_options"),
+            *("--metrics-port", "9100", "--tensorboard", "--upload", "s3://bucket/runs"),
             *("--verbose", "3", "--no-warm", "--no-digest", SCRIPT),
         ]
     )
@@ -73,7 +79,33 @@ def test_each_option_is_taken() -> None:
         digest=False,
         checkpoints=None,
         max_relaunch=0,
+        metrics=Address("0.0.0.0", 9100),
+        tensorboard=Path("/runs/a/tensorboard"),
+        upload="s3://bucket/runs",
     )
+
+
+def test_places_are_the_same_wherever_they_are_read() -> None:
+    options = parse(["--tensorboard-dir", "board", "--upload", "archive", SCRIPT])
+    assert options.tensorboard == Path("board").absolute()
+    assert options.upload == str(Path("archive").absolute())
+
+
+def test_tensorboard_takes_no_script_for_its_directory() -> None:
+    options = parse(["--run-dir", "/runs/a", "--tensorboard", SCRIPT, "--tensorboard-dir", "b"])
+    assert options.tensorboard == Path("/runs/a/tensorboard")
+    assert options.target == (SCRIPT, "--tensorboard-dir", "b")
+
+
+def test_what_tensorboard_needs_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Whether it is installed is not up to this test.
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "tensorboardX" else real(name)
+    )
+    with pytest.raises(UsageError) as raised:
+        parse(["--tensorboard", SCRIPT])
+    assert raised.value.remedy == "pip install tensorboardX"
 
 
 def test_checkpoints_are_taken() -> None:
@@ -227,6 +259,9 @@ def test_whatever_follows_the_script_is_kept_as_it_is(args: list[str]) -> None:
         (["--ckpt-dir", "d", "--ckpt-timeout", "nan", SCRIPT], "--ckpt-timeout nan ", "more than"),
         (["--ckpt-dir", "d", "--ckpt-bandwidth", "-1", SCRIPT], "'-1' is no size", "512M"),
         (["--ckpt-dir", "d", "--ckpt-bandwidth", "inf", SCRIPT], "'inf' is no size", "512M"),
+        (["--metrics-port", "http", SCRIPT], "--metrics-port 'http' is no port", "9100"),
+        (["--metrics-port", "", SCRIPT], "--metrics-port '' is no port", "9100"),
+        (["--upload", "", SCRIPT], "--upload '' is no URL", "s3://"),
     ],
 )
 def test_nonsense_is_named_and_remedied(argv: list[str], names: str, remedy: str) -> None:
