@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -15,6 +16,9 @@ from training import STORIES, Training
 
 # Else every process of every run compiles hpcft anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# How fast something is, on a machine that may do other things as well, is no test's business.
+settings.register_profile("hpcft", deadline=None)
+settings.load_profile("hpcft")
 
 
 @pytest.hookimpl(hookwrapper=True)

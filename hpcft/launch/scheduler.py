@@ -10,7 +10,7 @@ from functools import partial
 from hpcft.ckpt.errand import Errand
 from hpcft.errors import INTERRUPTED, TooFewRanks
 from hpcft.launch.fleet import Fleet
-from hpcft.slurm import nodes
+from hpcft.slurm import nodes, queue
 from hpcft.slurm.job import find_job
 from hpcft.slurm.requeue import Budget, conclude, requeue
 from hpcft.slurm.step import Step
@@ -74,6 +74,24 @@ class Scheduler:
         self._rundir.write_summary(summarise(self._rundir.events()))
         if self._verbose:
             print(said, file=sys.stderr, flush=True)
+
+    def end_deserted(self, lost: frozenset[str]) -> None:
+        """End the job if its script was lost with its node: else it lasts until its time limit.
+
+        Parameters
+        ----------
+        lost: as for :meth:`concluded`.
+        """
+        job = find_job(self._step.job) if lost else None
+        if job and job.batch and job.batch_host in lost and job.state == "RUNNING":
+            if self._verbose:
+                print(
+                    f"hpcft: job {job.number} is ended, for its script was lost with "
+                    f"{job.batch_host}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            queue.cancel(job.number)
 
 
 async def retire_drained(fleet: Fleet, min_ranks: int) -> None:

@@ -291,9 +291,10 @@ class Shepherd:
             self._chronicle.interrupted(self.outcome.wish, self.step)
         # Slurm ends a job that it is to start again at once.
         await self._have_it_uploaded()
-        ours = not self._task.of_another_job
-        if self._scheduler and ours and self._options.most_requeues is not None:
-            self._scheduler.concluded(code, self._options.most_requeues, self.lost)
+        if self._scheduler and not self._task.of_another_job:
+            if self._options.most_requeues is not None:
+                self._scheduler.concluded(code, self._options.most_requeues, self.lost)
+            self._scheduler.end_deserted(self.lost)
 
     @property
     def _uploads(self) -> bool:

@@ -37,6 +37,7 @@ class Job:
     reason: for its state, such as TimeLimit.
     restarts: how often it was requeued.
     batch: it has a script, which Slurm could run again.
+    batch_host: the node on which that runs; empty if there is none.
     requeueable: the user and the site let it be requeued.
     partition: where it runs.
     comment: what its user, or an earlier run, has written down.
@@ -47,6 +48,7 @@ class Job:
     reason: str
     restarts: int
     batch: bool
+    batch_host: str
     requeueable: bool
     partition: str
     comment: str
@@ -148,6 +150,7 @@ def parse(number: str, records: str) -> Job | None:
         known.get("Reason", ""),
         int(known.get("Restarts", "0")),
         known.get("BatchFlag") == "1",
+        known.get("BatchHost", ""),
         known.get("Requeue") == "1",
         known.get("Partition", ""),
         "" if comment == "(null)" else comment,

@@ -53,6 +53,11 @@ def signal_step(job: str, step: str, name: str) -> str:
     return done.stderr.strip() or f"scancel: exit code {done.returncode}"
 
 
+def cancel(job: str) -> None:
+    """End a job, if Slurm does as it is told."""
+    _call("scancel", job)
+
+
 def _squeue(*options: str) -> list[str] | None:
     done = _call("squeue", "--noheader", *options)
     if isinstance(done, str):

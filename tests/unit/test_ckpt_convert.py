@@ -285,7 +285,7 @@ trees = st.recursive(
 
 
 @given(st.dictionaries(keys.filter(lambda key: key != "hpcft"), trees, min_size=1, max_size=3))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 def test_any_state_survives_dcp(state: dict[str, Any]) -> None:
     with in_memory() as place:
         survives(place, state)
@@ -475,7 +475,7 @@ def test_directories_that_are_not_whole(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @pytest.mark.parametrize("form", ["dcp", "torch.save", "safetensors"])
 def test_damage_is_an_error_and_never_worse(form: str, spots: list[tuple[int, int]]) -> None:
     with in_memory() as place:

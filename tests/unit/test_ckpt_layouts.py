@@ -103,7 +103,7 @@ shapes = st.lists(st.integers(1, 90), min_size=1, max_size=4).map(tuple)
     st.lists(st.sampled_from([torch.uint8, torch.bfloat16, torch.complex128]), min_size=5),
     st.integers(1, 5),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_tensors_of_all_shapes_are_whole_in_hdf5_and_here(
     tmp_path_factory: pytest.TempPathFactory,
     shapes: list[tuple[int, ...]],

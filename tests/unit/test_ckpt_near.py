@@ -16,7 +16,7 @@ import h5py
 import pytest
 import torch
 from disks import Disk
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from players import Player, together
 from shardings import blank, state
@@ -373,7 +373,6 @@ def test_a_corrupt_file_is_made_from_parity(tmp_path: Path) -> None:
     lost=st.integers(0, 4),
     chunk=st.integers(1, 40),
 )
-@settings(deadline=None)
 def test_parity_is_enough_for_any_one(sizes: list[int], lost: int, chunk: int) -> None:
     members = tuple(range(10, 10 + len(sizes)))
     lost %= len(sizes)

@@ -138,7 +138,7 @@ trees = st.dictionaries(
 
 
 @given(trees)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 def test_any_plain_tree_comes_back(
     tmp_path_factory: pytest.TempPathFactory, state: dict[str, Any]
 ) -> None:
@@ -300,7 +300,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_damaged_file_is_refused_or_harmless(
     small: bytes, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:

@@ -71,7 +71,7 @@ def bytes_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     st.sampled_from([torch.int8, torch.int16, torch.float64]),
     st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=5),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_shard_has_the_bytes_that_pytorch_gives_it(
     case: Any, dtype: torch.dtype, stretches_of_it: list[tuple[float, float]]
 ) -> None:
@@ -104,7 +104,7 @@ def test_a_shard_has_the_bytes_that_pytorch_gives_it(
 
 
 @given(cut_tensors(longest=70), st.integers(0, 2))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_every_byte_is_in_one_part_and_no_page_in_two(case: Any, extra: int) -> None:
     shape, mesh, placements = case
     size = math.prod(mesh) + extra
@@ -153,7 +153,7 @@ def test_leaves_of_one_kind_are_divided_once_and_as_each_by_itself() -> None:
 
 
 @given(cut_tensors(longest=40), st.sampled_from([torch.int8, torch.float32]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_what_is_collected_is_the_tensor_and_what_is_distributed_the_shards(
     case: Any, dtype: torch.dtype
 ) -> None:

@@ -46,7 +46,7 @@ class Rank:
             self.left = self.step
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 5), st.integers(0, 10**6))
 def test_no_order_of_events_has_ranks_leave_at_different_steps(size: int, seed: int) -> None:
     chance = random.Random(seed)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families as parsed
 
@@ -255,7 +255,6 @@ some_laps = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(some_laps, max_size=5), st.integers(0, 30))
 def test_a_tally_is_the_sum_however_it_was_read(written: list[list[Lap]], torn: int) -> None:
     with tempfile.TemporaryDirectory() as name:

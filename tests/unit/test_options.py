@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcft.ckpt.near import Tier
@@ -209,7 +209,6 @@ words = st.sampled_from(
 ) | st.text(max_size=5)
 
 
-@settings(deadline=None)
 @given(st.lists(words, max_size=8))
 def test_whatever_follows_the_script_is_kept_as_it_is(args: list[str]) -> None:
     assert parse(["--min-ranks", "2", SCRIPT, *args]).target == (SCRIPT, *args)
@@ -346,7 +345,6 @@ def test_sizes_that_do_not_fit_are_named_and_remedied(
     assert remedy in caught.value.remedy
 
 
-@settings(deadline=None)
 @given(st.integers(1, 9), st.none() | st.integers(1, 9), st.integers(0, 9), st.integers(1, 9))
 def test_sizes_are_accepted_exactly_if_they_fit(
     tasks: int, nproc: int | None, spares: int, min_ranks: int

@@ -153,7 +153,7 @@ def test_a_node_closed_for_certain_does_not_count() -> None:
     assert network.nodes[1].runs
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(st.data())
 def test_never_do_two_sides_that_lost_each_other_run(data: st.DataObject) -> None:
     count = data.draw(st.integers(2, 6), "nodes")

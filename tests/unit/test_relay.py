@@ -9,7 +9,7 @@ import struct
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcft.launch import relay
@@ -79,7 +79,6 @@ def passed_of(said: list[Said], received: int) -> bytes:
     return passed
 
 
-@settings(deadline=None)
 @given(st.data(), conversations)
 def test_all_but_the_alarms_passes_at_once_however_it_is_cut(
     data: st.DataObject, said: list[Said]
@@ -93,7 +92,6 @@ def test_all_but_the_alarms_passes_at_once_however_it_is_cut(
     assert sieve.finalized == any(message.finalizes for message in said)
 
 
-@settings(deadline=None)
 @given(st.data(), st.lists(requests, max_size=4), st.integers(LARGEST + 1, (1 << 32) - 1))
 def test_after_a_length_that_is_none_everything_passes_untouched(
     data: st.DataObject, later: list[Said], length: int
@@ -134,7 +132,6 @@ def test_there_is_no_leave_to_take_twice() -> None:
     assert sieve.farewell() is None
 
 
-@settings(deadline=None)
 @given(st.integers(-1, 1000), st.integers(1, 1 << 31), st.sampled_from([FENCE, NOTIFY]))
 def test_leave_is_taken_as_the_clients_next_request(index: int, tag: int, last: int) -> None:
     sieve = Filter()

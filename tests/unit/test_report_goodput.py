@@ -84,7 +84,7 @@ def check(parts: Goodput) -> None:
     assert 0 <= parts.measured <= 1
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.lists(st.lists(any_event(), max_size=15), min_size=1, max_size=3),
     st.lists(any_lap(), max_size=20),
@@ -108,7 +108,6 @@ def test_the_parts_sum_up_to_the_whole(
         assert one.end == pytest.approx(other.begin, abs=1e-6)
 
 
-@settings(deadline=None)
 @given(st.lists(any_event(), max_size=20))
 def test_spans_have_neither_gap_nor_overlap(events: list[Event]) -> None:
     heard = max([T0, *(event.time for event in events)])

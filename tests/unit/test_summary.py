@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcft.telemetry import events as log
@@ -208,7 +208,6 @@ any_event = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(any_event, max_size=3), max_size=4))
 def test_what_is_written_in_any_portions_is_read_back_the_same(portions: list[list[Event]]) -> None:
     with tempfile.TemporaryDirectory() as directory:
@@ -221,7 +220,6 @@ def test_what_is_written_in_any_portions_is_read_back_the_same(portions: list[li
         assert [json.loads(line)["kind"] for line in lines] == [e.kind for e in written]
 
 
-@settings(deadline=None)
 @given(st.data(), st.lists(any_event, min_size=1, max_size=4))
 def test_of_a_log_torn_anywhere_the_whole_lines_are_read(
     data: st.DataObject, written: list[Event]

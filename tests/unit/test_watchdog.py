@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcft.launch.watchdog import JamWatch, Watchdog
@@ -147,7 +147,6 @@ def test_the_processor_time_is_not_asked_for_while_steps_advance(
         rank.leave()
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0.01, 4.9), st.booleans()), max_size=30))
 def test_whoever_advances_in_time_is_never_complained_of(
     looks: list[tuple[float, bool]],
