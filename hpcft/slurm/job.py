@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from hpcft.slurm import nodes, queue, scontrol
@@ -95,7 +95,13 @@ class Job:
         before = shown.get("ExcNodeList", "(null)")
         listed = "" if before == "(null)" else before
         wanted = int(shown.get("NumNodes", "1").partition("-")[0])
-        spared = spare(nodes.usable(self.partition) - set(queue.expand(listed)), hosts, wanted)
+        already = set(queue.expand(listed))
+        usable = {
+            node: could
+            for node, could in nodes.usable(self.partition).items()
+            if node not in already
+        }
+        spared = spare(usable, hosts, wanted)
         if spared:
             names = ",".join(filter(None, (listed, *spared)))
             scontrol.tell("update", f"JobId={self.number}", f"ExcNodeList={names}")
@@ -114,20 +120,23 @@ class Job:
             scontrol.tell("update", f"JobId={self.number}", f"Comment={_MARK}{text}")
 
 
-def spare(usable: Collection[str], bad: Collection[str], wanted: int) -> list[str]:
+def spare(usable: Mapping[str, bool], bad: Collection[str], wanted: int) -> list[str]:
     """Which of some bad nodes a job can do without.
 
     Parameters
     ----------
-    usable: all nodes that could run it; none if Slurm does not say.
+    usable: all nodes that it may have, and whether they could run it now; none if Slurm does not
+        say.
     wanted: how many it needs.
     """
     if not usable:
         return sorted(bad)
-    # What Slurm would not use anyway takes nothing away.
-    well = sorted(set(bad) & set(usable))
-    left = max(len(usable) - wanted, 0)
-    return sorted(set(bad) - set(well[left:]))
+    now = {node for node, could in usable.items() if could}
+    # It is to wait for none if it need not, and so may have of those that are well what it needs.
+    spared = sorted(now & set(bad))[: max(len(now) - wanted, 0)]
+    # Others may come back, and be needed then.
+    others = sorted(set(bad) & usable.keys() - now)
+    return sorted([*spared, *others[: max(len(usable) - wanted - len(spared), 0)]])
 
 
 def find_job(number: str) -> Job | None:

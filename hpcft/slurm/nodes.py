@@ -18,10 +18,10 @@ def draining(hosts: Collection[str]) -> set[str]:
     return {node["NodeName"] for node in known if "DRAIN" in node.get("State", "")}
 
 
-def usable(partition: str) -> set[str]:
-    """The nodes of a partition that run jobs, or could; none if Slurm does not say."""
+def usable(partition: str) -> dict[str, bool]:
+    """The nodes of a partition, and whether they run jobs or could; none if Slurm does not say."""
     where = f"--partition={partition}"
     lines = printed("sinfo", "--noheader", "--Node", where, "--format=%N %T").splitlines()
     states = (line.split() for line in lines)
     # With a mark of what else there is to say of it, such as * for one that does not answer.
-    return {state[0] for state in states if len(state) == 2 and state[1] in _USABLE}
+    return {state[0]: state[1] in _USABLE for state in states if len(state) == 2}

@@ -30,7 +30,10 @@ def figures(url: str) -> dict[str, float]:
 
 def failures(run: Training) -> list[str]:
     """What TensorBoard tells of them."""
-    board = EventAccumulator(str(run.run_dir / "tensorboard")).Reload()
+    folder = run.run_dir / "tensorboard"
+    if not folder.exists():
+        return []
+    board = EventAccumulator(str(folder)).Reload()
     tag = "hpcft/failures/text_summary"
     told = board.Tensors(tag) if tag in board.Tags()["tensors"] else []
     return [event.tensor_proto.string_val[0].decode() for event in told]

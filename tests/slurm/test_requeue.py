@@ -51,6 +51,22 @@ def test_a_job_that_is_warned_goes_on_by_itself_without_the_node_it_has_lost(
     assert third["params_sha256"] == undisturbed(2)[96]
 
 
+def test_a_job_whose_script_is_lost_with_its_node_ends_with_its_run(
+    cluster: Cluster, shared_path: Path
+) -> None:
+    options = ("--nodes", "2", "--ranks-per-node", "1", "--time", "30:00")
+    script = training(cluster, shared_path, "--steps", "40", "--pace", "0.1", options=options)
+    job = Job.submit(cluster, shared_path, str(script))
+    job.wait_for_step(5)
+    host = job.shown()["BatchHost"]
+    cluster.kill_node(host)
+    cluster.write_off(host)
+    shown = job.wait_for_state("CANCELLED")
+    assert "restart 0, finished" in shown["Comment"]
+    (summary,) = job.summaries()
+    assert (summary["result"], summary["steps"]) == ("ok", 40)
+
+
 def test_a_preempted_job_goes_on_and_a_cancelled_one_does_not(
     cluster: Cluster, shared_path: Path
 ) -> None:

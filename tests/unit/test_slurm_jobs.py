@@ -292,12 +292,12 @@ def test_a_controller_that_wants_to_be_asked_again_is(
         tell("update", seconds=0.1)
 
 
-some = st.sets(st.sampled_from([f"n{i}" for i in range(1, 9)]))
+names = st.sampled_from([f"n{i}" for i in range(1, 9)])
 
 
-@given(some, some, st.integers(1, 9))
+@given(st.dictionaries(names, st.booleans()), st.sets(names), st.integers(1, 9))
 def test_a_job_does_without_bad_nodes_only_if_enough_others_are_left(
-    usable: set[str], bad: set[str], wanted: int
+    usable: dict[str, bool], bad: set[str], wanted: int
 ) -> None:
     spared = set(spare(usable, bad, wanted))
     assert spared <= bad
@@ -305,6 +305,15 @@ def test_a_job_does_without_bad_nodes_only_if_enough_others_are_left(
         # Nothing is known: it is the user's job to have enough.
         assert spared == bad
         return
-    assert len(usable - spared) >= min(wanted, len(usable))
-    # And of no more than it has to.
-    assert spared == bad or len(usable - spared) <= wanted
+    now = {node for node, could in usable.items() if could}
+    # It never waits for ever, nor for others if it need not,
+    assert len(usable.keys() - spared) >= min(wanted, len(usable))
+    assert len(now - spared) >= min(wanted, len(now))
+    # and is given no bad node that it need not have.
+    assert bad & now <= spared or len(now - spared) <= wanted
+    if bad & usable.keys() - now - spared:
+        assert len(usable.keys() - spared) <= wanted
+
+
+def test_of_three_nodes_out_of_four_one_may_be_bad() -> None:
+    assert spare({"n1": False, "n2": True, "n3": False, "n4": True}, {"n1", "n3"}, 3) == ["n1"]
