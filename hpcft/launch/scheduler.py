@@ -69,7 +69,8 @@ class Scheduler:
             how = f"failed with exit code {code}" if code else "finished"
             conclude(step.job, step.restarts, events, how)
             return
-        event, said = requeue(step.job, Budget(step.restarts, most), events, lost)
+        budget = Budget(step.restarts, most)
+        event, said = requeue(step.job, budget, events, lost, step.nodes)
         self._rundir.append([event])
         self._rundir.write_summary(summarise(self._rundir.events()))
         if self._verbose:

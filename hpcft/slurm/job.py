@@ -79,8 +79,13 @@ class Job:
         """
         scontrol.tell("requeue", self.number)
 
-    def exclude(self, hosts: Collection[str]) -> list[str]:
+    def exclude(self, hosts: Collection[str], wanted: int) -> list[str]:
         """Have the job, which waits, not run on these nodes, besides where it does not run anyway.
+
+        Parameters
+        ----------
+        wanted: how many nodes it needs. (Of one that has lost some the controller has fewer, but
+            starts it again on as many as before.)
 
         Returns
         -------
@@ -94,7 +99,6 @@ class Job:
         shown = fields(scontrol.ask("--oneliner", "show", "job", self.number).partition("\n")[0])
         before = shown.get("ExcNodeList", "(null)")
         listed = "" if before == "(null)" else before
-        wanted = int(shown.get("NumNodes", "1").partition("-")[0])
         already = set(queue.expand(listed))
         usable = {
             node: could

@@ -45,7 +45,7 @@ def conclude(number: str, restarts: int, events: Sequence[Event], how: str) -> N
 
 
 def requeue(
-    number: str, budget: Budget, events: Sequence[Event], bad: Collection[str]
+    number: str, budget: Budget, events: Sequence[Event], bad: Collection[str], wanted: int
 ) -> tuple[Event, str]:
     """Have the job start again, if that makes sense, on other nodes than the bad ones.
 
@@ -54,6 +54,7 @@ def requeue(
     number: of the job.
     events: of its run.
     bad: names of the nodes it has lost.
+    wanted: how many nodes it needs.
 
     Returns
     -------
@@ -66,7 +67,7 @@ def requeue(
     if job and bad and not why:
         # It cannot start before this process, which belongs to it, has ended.
         try:
-            excluded = job.exclude(bad)
+            excluded = job.exclude(bad, wanted)
         except Refused as error:
             text += f", maybe with {','.join(sorted(bad))}: {error}"
         else:

@@ -9,8 +9,8 @@ import time
 #: Slurm signals all processes of a job that it ends, and what tells it something may be one.
 _UNSIGNALLED = ("sh", "-c", "trap '' TERM; exec \"$@\"", "sh")
 _SECONDS = 10.0  # a busy controller answers late; nobody is to wait for it for long
-#: Seconds until it is asked again, if that is what it wants.
-_PAUSE = 0.5
+#: Seconds in which it is asked again, if that is what it wants, and between two times.
+_PATIENCE, _PAUSE = 3.0, 0.5
 
 
 class Refused(Exception):
@@ -30,14 +30,14 @@ def tell(*arguments: str, seconds: float = _SECONDS) -> str:
 
     Parameters
     ----------
-    seconds: it may take, also if the controller wants to be asked again, as it does of a job that
-        it is just requeueing.
+    seconds: it may take. It is asked again for some of them if the controller wants that, as it
+        does of a job that it has not told its accounting of.
 
     Raises
     ------
     Refused: it cannot be done.
     """
-    deadline = time.monotonic() + seconds
+    patience = time.monotonic() + min(seconds, _PATIENCE)
     while True:
         try:
             done = subprocess.run(
@@ -45,7 +45,7 @@ def tell(*arguments: str, seconds: float = _SECONDS) -> str:
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
-                timeout=max(deadline - time.monotonic(), 1.0),
+                timeout=seconds,
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
@@ -53,7 +53,7 @@ def tell(*arguments: str, seconds: float = _SECONDS) -> str:
         if not done.returncode:
             return done.stdout
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        if "try again" not in done.stderr or time.monotonic() > deadline - _PAUSE:
+        if "try again" not in done.stderr or time.monotonic() > patience:
             raise Refused(said[-1] if said else f"scontrol ends with {done.returncode}")
         time.sleep(_PAUSE)
 

@@ -15,6 +15,7 @@ class Step:
 
     job, step: their numbers.
     restarts: how often the job was requeued.
+    nodes: how many the job had when the step began.
     task, tasks: this task's number and how many there are.
     node: index of this task's node in the step.
     task_here, tasks_here: this task's number among those on its node, and how many there are.
@@ -26,6 +27,7 @@ class Step:
     job: str
     step: str
     restarts: int
+    nodes: int
     task: int
     tasks: int
     node: int
@@ -51,6 +53,7 @@ def find_step(environ: Mapping[str, str]) -> Step | None:
         job=environ["SLURM_JOB_ID"],
         step=environ["SLURM_STEP_ID"],
         restarts=int(environ.get("SLURM_RESTART_COUNT", "0")),
+        nodes=int(environ.get("SLURM_JOB_NUM_NODES", "1")),
         task=int(environ["SLURM_PROCID"]),
         tasks=int(environ["SLURM_STEP_NUM_TASKS"]),
         node=node,

@@ -61,8 +61,7 @@ def test_a_job_whose_script_is_lost_with_its_node_ends_with_its_run(
     host = job.shown()["BatchHost"]
     cluster.kill_node(host)
     cluster.write_off(host)
-    shown = job.wait_for_state("CANCELLED")
-    assert "restart 0, finished" in shown["Comment"]
+    job.wait_for_state("CANCELLED")
     (summary,) = job.summaries()
     assert (summary["result"], summary["steps"]) == ("ok", 40)
 
