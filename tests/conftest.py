@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from training import STORIES, Training
 
 # Else every process of every run compiles hpcft anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# A shell's job in the background ignores it, and so would all that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # How fast something is, on a machine that may do other things as well, is no test's business.
 settings.register_profile("hpcft", deadline=None)
 settings.load_profile("hpcft")
