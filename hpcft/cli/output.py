@@ -3,21 +3,47 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
+from hpcft.errors import HpcftError
+
 
 def print_json(rows: list[dict[str, Any]]) -> None:
     """Each as a line."""
     for row in rows:
         print(json.dumps(row), flush=True)
+
+
+def write_whole(path: Path, text: str, remedy: str = "") -> None:
+    """Write a file as a whole or not at all: a reader sees the old one or the new one.
+
+    Parameters
+    ----------
+    remedy: said if it cannot be written.
+
+    Raises
+    ------
+    HpcftError: it cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        try:
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+    except OSError as error:
+        raise HpcftError(f"{path} cannot be written: {error.strerror or error}", remedy) from error
 
 
 def say(what: RenderableType) -> None:

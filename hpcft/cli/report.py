@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
+from hpcft.cli.output import write_whole
 from hpcft.cli.runs import RUN, add_run, see
 from hpcft.errors import HpcftError
 from hpcft.watch.runs import find
@@ -74,25 +74,6 @@ def run(args: argparse.Namespace) -> int:
     if str(output) == "-":
         sys.stdout.write(text)
         return 0
-    _write(output, text)
+    write_whole(output, text, "name another place with --output")
     print(output)
     return 0
-
-
-def _write(output: Path, text: str) -> None:
-    """As a whole or not at all.
-
-    Raises
-    ------
-    HpcftError: it cannot be written.
-    """
-    aside = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(output)
-    except OSError as error:
-        raise HpcftError(
-            f"{output} cannot be written: {error.strerror}", "name another place with --output"
-        ) from error
-    finally:
-        aside.unlink(missing_ok=True)

@@ -11,7 +11,6 @@ from hpcft.cli.output import amount, bar, duration, print_json
 from hpcft.cli.runs import RUN, add_run
 from hpcft.errors import HpcftError, UsageError
 from hpcft.watch.runs import find
-from hpcft.watch.upload import Upload, items
 
 SUMMARY = "copy what a training leaves to another place"
 
@@ -56,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it; return the exit code."""
+    # Which takes its time to be loaded, as for fsspec; the other commands need not spend it.
+    from hpcft.watch.upload import Upload, items
+
     # So written that nan is refused as well.
     if not args.patience >= 0:
         raise UsageError(f"--patience {args.patience} makes no sense", "give 0 seconds or more")

@@ -11,10 +11,20 @@ import asyncio
 import hashlib
 import hmac
 import json
+import os
 import secrets
-from typing import Any, BinaryIO
+import socket
+import struct
+from typing import Any, BinaryIO, Protocol
 
 Message = dict[str, Any]
+
+
+class HasOptions(Protocol):
+    """A socket, or what asyncio has in its place."""
+
+    def getsockopt(self, level: int, option: int, size: int, /) -> bytes: ...
+
 
 #: A message is small; more than this in a line is not one of ours.
 LINE_LIMIT = 1 << 20
@@ -22,6 +32,14 @@ LINE_LIMIT = 1 << 20
 _AT_ONCE = 1 << 20
 #: Seconds in which a stranger has to prove itself.
 _HANDSHAKE_TIME = 5.0
+
+
+def of_this_user(connection: HasOptions) -> bool:
+    """Whether who is at the other end of a Unix socket's connection is this process's user."""
+    layout = struct.Struct("3i")
+    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, layout.size)
+    _, user, _ = layout.unpack(found)
+    return bool(user == os.getuid())
 
 
 class Refused(ConnectionError):

@@ -17,14 +17,13 @@ import json
 import os
 import secrets
 import shlex
-import socket
-import struct
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from hpcft.launch import agent
+from hpcft.launch.channel import of_this_user
 from hpcft.launch.company import Company
 
 
@@ -72,11 +71,7 @@ class Daemons:
 
     async def _asked(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, ValueError, KeyError, StopIteration):
-            peer = writer.get_extra_info("socket")
-            credentials = peer.getsockopt(
-                socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
-            )
-            if struct.unpack("3i", credentials)[1] == os.getuid():
+            if of_this_user(writer.get_extra_info("socket")):
                 asked = json.loads(await reader.readline())
                 rank = min(rank for rank, host in self._hosts.items() if host == asked["host"])
                 # What is in this process's folder is to be in that one's.

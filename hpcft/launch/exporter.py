@@ -10,13 +10,12 @@ import asyncio
 import contextlib
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 
+from hpcft.launch import command
 from hpcft.launch.options import RunOptions
 from hpcft.telemetry.rundir import RunDirectory
-from hpcft.world.parent import die_with_parent
 
 #: Seconds between two looks.
 _PERIOD = 1.0
@@ -54,16 +53,9 @@ class Exporter:
         return self._process is not None and self._process.poll() is None
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "hpcft.cli.main", "metrics", str(self._rundir.path)]
-        command += ["--serve", str(self._address), "--address", str(self._rundir.metrics_file)]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            # Where it serves. Errors are said in any case.
-            stdout=subprocess.DEVNULL if self._quiet else sys.stderr,
-            start_new_session=True,
-            preexec_fn=lambda: die_with_parent(signal.SIGTERM),
-        )
+        where = ["--serve", str(self._address), "--address", str(self._rundir.metrics_file)]
+        words = ["metrics", str(self._rundir.path), *where]
+        self._process = command.start(words, self._quiet, signal.SIGTERM)
         self._next = time.monotonic() + self._pause
         self._pause = min(2 * self._pause, _MOST)
 

@@ -18,17 +18,16 @@ import json
 import os
 import secrets
 import socket
-import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpcft.errors import INTERRUPTED, HpcftError
 from hpcft.launch import daemons, openmpi, ticket
-from hpcft.launch.channel import Message
+from hpcft.launch.channel import Message, of_this_user
 from hpcft.launch.company import Company
 from hpcft.launch.daemons import Daemons, without_mpi
 from hpcft.launch.place import Task
@@ -113,7 +112,6 @@ class Muster:
         self._daemons: Daemons | None = None
         #: mpiexec or srun, and the former's daemon on this node.
         self.launchers: list[subprocess.Popen[bytes]] = []
-        self._has_daemon = False
 
     @property
     def furthest(self) -> int:
@@ -198,41 +196,42 @@ class Muster:
     async def _call(self, members: list[int]) -> None:
         """Decide for all, and start what lends them their places."""
         try:
-            self._decide(self.furthest, {rank: self._hosts[rank] for rank in members})
-            names = [self._ready[rank]["ticket"] for rank in members]
-            self.launchers.append(await self._start(members, names))
+            known, ready = self._hosts, self._ready
+            hosts = {rank: known[rank] for rank in members}
+            self._decide(self.furthest, hosts)
+            names = [ready[rank]["ticket"] for rank in members]
+            self.launchers.append(await self._start(hosts, names))
         except (OSError, HpcftError, GivenUp) as error:
             code = error.code if isinstance(error, GivenUp) else 1
             self._company.announce("end", self._company.rank, code=code, reason=str(error))
             raise GivenUp(code, str(error)) from error
         self._company.announce(f"launch {self._number}", self._company.rank, members=members)
 
-    def _across(self, members: list[int]) -> bool:
+    def _across(self, members: Iterable[int]) -> bool:
         """Whether they are in several Slurm jobs, or some outside of them all."""
         return len({self._company.job(rank) for rank in members}) > 1
 
-    async def _start(self, members: list[int], names: list[str]) -> subprocess.Popen[bytes]:
+    async def _start(self, hosts: dict[int, str], names: list[str]) -> subprocess.Popen[bytes]:
         tasks = [sys.executable, "-ISE", ticket.__file__, *names]
         environ = without_mpi(os.environ)
-        if self._across(members):
-            where = {rank: self._hosts[rank] for rank in members}
-            self._daemons = Daemons(self._company, self._number, where, self._folder)
+        if self._across(hosts):
+            self._daemons = Daemons(self._company, self._number, hosts, self._folder)
             shell = await self._daemons.listen()
-            hosts = [self._hosts[rank] for rank in members]
+            where = list(hosts.values())
             command = openmpi.command_across(
-                openmpi.find_mpiexec(), hosts, self._folder, shell, self._task.interface
+                openmpi.find_mpiexec(), where, self._folder, shell, self._task.interface
             )
         elif self._task.step:
             file = self._folder / f"hosts-{self._number}"
-            file.write_text("".join(f"{self._hosts[rank]}\n" for rank in members))
-            command = overlapping(len(members))
+            file.write_text("".join(f"{host}\n" for host in hosts.values()))
+            command = overlapping(len(hosts))
             environ["SLURM_HOSTFILE"] = str(file)
             # Else srun believes that the job has no nodes but those of the step this is a task of.
-            nodes = sorted({self._hosts[rank] for rank in members})
+            nodes = sorted({*hosts.values()})
             environ["SLURM_JOB_NODELIST"] = environ["SLURM_NODELIST"] = ",".join(nodes)
             environ["SLURM_JOB_NUM_NODES"] = environ["SLURM_NNODES"] = str(len(nodes))
         else:
-            command = openmpi.command(openmpi.find_mpiexec(), len(members), self._folder)
+            command = openmpi.command(openmpi.find_mpiexec(), len(hosts), self._folder)
         return subprocess.Popen(
             [*command, *tasks],
             env=environ,
@@ -270,10 +269,10 @@ class Muster:
 
     def _start_daemon(self) -> None:
         """Start mpiexec's daemon on this node, if this shepherd is the one to do that."""
-        if self._has_daemon:
+        # Where mpiexec is it needs none.
+        if self.launchers:
             return
         if daemon := daemons.start(self._company, self._number, self._folder):
-            self._has_daemon = True
             self.launchers.append(daemon)
 
     def _check(self, deadline: float) -> None:
@@ -307,10 +306,7 @@ def _members(launch: dict[int, Message]) -> list[int]:
 async def _lent(connection: socket.socket) -> dict[str, str]:
     """The environment of the task at the other end."""
     loop = asyncio.get_running_loop()
-    credentials = connection.getsockopt(
-        socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
-    )
-    if struct.unpack("3i", credentials)[1] != os.getuid():
+    if not of_this_user(connection):
         raise ConnectionError("another user's process wants to be a rank of this run")
     text = b""
     while not text.endswith(b"\n"):

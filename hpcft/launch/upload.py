@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from hpcft.errors import UsageError
-from hpcft.world.parent import die_with_parent
+from hpcft.launch import command
 
 #: Seconds within which it has to show whether the URL can be written to.
 _TRIAL_TIME = 60.0
@@ -72,16 +72,8 @@ class Upload:
 
     def start(self) -> None:
         """Begin."""
-        command = [sys.executable, "-m", "hpcft.cli.main"]
-        command += ["upload", str(self._run_dir), self._url]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL if self._quiet else sys.stderr,
-            # Ctrl-C reaches who has started this, and knows what it means.
-            start_new_session=True,
-            preexec_fn=lambda: die_with_parent(signal.SIGKILL),
-        )
+        words = ["upload", str(self._run_dir), self._url]
+        self._process = command.start(words, self._quiet, signal.SIGKILL)
 
     def wait(self) -> None:
         """Wait for its end."""

@@ -70,6 +70,12 @@ class RunDirectory:
     def report_file(self) -> Path:
         return self.path / "report.html"
 
+    @property
+    def _replaced_files(self) -> tuple[Path, ...]:
+        """Those that are replaced as a whole while the run goes on."""
+        of_ranks = (self.ranks_file, self.status_file, self.summary_file)
+        return (*of_ranks, self.metrics_file, self.door_file)
+
     def _called_off_file(self, launch: str) -> Path:
         return self.path / f"called-off-{launch}"
 
@@ -103,9 +109,7 @@ class RunDirectory:
         former |= set(self.laps_folder.glob("rank-*.jsonl"))
         former |= set(self.tensorboard_folder.glob("events.*"))
         former |= set(self.path.glob("called-off-*")) - {self._called_off_file(launch)}
-        own_files = (self.ranks_file, self.events_file, self.status_file, self.summary_file)
-        ours = (self.door_file, self.report_file, self.metrics_file)
-        for file in (*own_files, *ours, *former):
+        for file in (self.events_file, self.report_file, *self._replaced_files, *former):
             file.unlink(missing_ok=True)
         self._sweep()
 
@@ -213,8 +217,7 @@ class RunDirectory:
 
     def _sweep(self) -> None:
         """Remove what writers left that were killed in the middle of it."""
-        files = (self.ranks_file, self.status_file, self.summary_file, self.metrics_file)
-        for file in (*files, self.door_file):
+        for file in self._replaced_files:
             for torn in self.path.glob(f".{file.name}.*"):
                 torn.unlink(missing_ok=True)
 
