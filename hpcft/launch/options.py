@@ -22,6 +22,7 @@ from hpcft.slurm import naming
 from hpcft.telemetry.address import Address
 from hpcft.telemetry.events import Echo
 from hpcft.telemetry.rundir import RunDirectory
+from hpcft.world.mode import Mode, Name
 from hpcft.world.script import home
 
 _DESCRIPTION = """\
@@ -72,6 +73,7 @@ class RunOptions:
     spares: int
     min_ranks: int
     on_failure: tuple[str, ...]
+    mode: Mode
     run_dir: Path
     timeout_detect: float
     timeout_progress: float
@@ -151,6 +153,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="WAYS",
         help="what may be done about a failure, in this order: substitute (a spare takes the "
         "failed rank), shrink (go on with fewer ranks) (default substitute,shrink)",
+    )
+    add(
+        "--mode",
+        choices=("sync", "backup"),
+        help="how the ranks work together. sync: every step takes the gradients of all ranks. "
+        "backup: of those that come first, see --backup (default sync)",
+    )
+    add(
+        "--backup",
+        type=int,
+        metavar="B",
+        help="with --mode backup, which it stands for as well: the first gradients make a step, of "
+        "all ranks but B; who is late drops its own, and goes on with the others at the next step "
+        "(default 1)",
     )
     add(
         "--max-relaunch",
@@ -403,6 +419,7 @@ def parse(argv: list[str]) -> RunOptions:
         spares=given.spares,
         min_ranks=given.min_ranks,
         on_failure=ways,
+        mode=_mode(given),
         run_dir=run_dir,
         timeout_detect=given.timeout_detect,
         timeout_progress=given.timeout_progress,
@@ -421,6 +438,16 @@ def parse(argv: list[str]) -> RunOptions:
         tensorboard=_tensorboard(given, run_dir),
         upload=None if given.upload is None else upload.place(given.upload),
     )
+
+
+def _mode(given: argparse.Namespace) -> Mode:
+    backup: int | None = given.backup
+    name: Name = given.mode or ("sync" if backup is None else "backup")
+    if backup is not None and name != "backup":
+        raise UsageError(f"--backup is not for --mode {name}", "leave one of them away")
+    if backup is not None and backup < 1:
+        raise UsageError(f"--backup {backup} makes no sense", "give 1 or more")
+    return Mode(name, (1 if backup is None else backup) if name == "backup" else 0)
 
 
 def _tensorboard(given: argparse.Namespace, run_dir: Path) -> Path | None:
@@ -645,5 +672,10 @@ def check_sizes(options: RunOptions, tasks: int, starter: str) -> Sizes:
         raise UsageError(
             f"--min-ranks {options.min_ranks} is more than the {active} ranks there are",
             "give a lower --min-ranks",
+        )
+    if options.mode.backup >= active:
+        raise UsageError(
+            f"--backup {options.mode.backup} leaves no gradients to step with: {active} train",
+            "give less, or start more ranks",
         )
     return Sizes(active, options.most or active, options.spares)

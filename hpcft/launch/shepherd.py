@@ -407,6 +407,7 @@ class Shepherd:
             "initial": self._sizes.initial,
             "min_ranks": options.min_ranks,
             "on_failure": options.on_failure,
+            "mode": asdict(options.mode),
             "verbose": options.verbose,
             "warm": options.warm,
             "digest": options.digest,

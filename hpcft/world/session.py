@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from hpcft.telemetry.rundir import RunDirectory
 from hpcft.world.journal import Journal
 from hpcft.world.link import Link
 from hpcft.world.membership import Policy
+from hpcft.world.mode import Mode
 from hpcft.world.notify import Notifier
 from hpcft.world.recovery import World
 
@@ -29,12 +30,14 @@ class Session:
     options: what the launcher was told: run_dir, verbose, warm, digest, terminal, checkpoints,
         tensorboard.
     key: the same in all processes, and in no other run.
+    mode: how the ranks work together.
     """
 
     world: World
     journal: Journal | None
     options: dict[str, Any]
     key: str = ""
+    mode: Mode = field(default_factory=Mode)
 
 
 _current: Session | None = None
@@ -86,4 +89,4 @@ def meet(link: Link) -> None:
     comm.Barrier()
     link.send("met")
     journal = Journal(rundir, world, pids, options["restarts"])
-    _current = Session(world, journal, options, key)
+    _current = Session(world, journal, options, key, Mode(**options["mode"]))

@@ -18,6 +18,7 @@ from hpcft.ckpt.policy import Best, Policy, Retention
 from hpcft.errors import UsageError
 from hpcft.launch.options import RunOptions, Sizes, check_sizes, parse
 from hpcft.telemetry.address import Address
+from hpcft.world.mode import Mode
 
 #: Any file will do as a script: it is not run.
 SCRIPT = str(Path(__file__))
@@ -35,6 +36,7 @@ def test_without_options_one_rank_per_task_trains_and_nothing_is_parked() -> Non
         spares=0,
         min_ranks=1,
         on_failure=("substitute", "shrink"),
+        mode=Mode(),
         run_dir=options.run_dir,
         timeout_detect=0.8,
         timeout_progress=300.0,
@@ -57,7 +59,7 @@ def test_each_option_is_taken() -> None:
             *("--run-dir", "/runs/a", "--timeout-detect", "0.1", "--timeout-progress", "0"),
             *("--preload", "json,os", "--preload=test_options"),
             *("--metrics-port", "9100", "--tensorboard", "--upload", "s3://bucket/runs"),
-            *("--verbose", "3", "--no-warm", "--no-digest", SCRIPT),
+            *("--backup", "2", "--verbose", "3", "--no-warm", "--no-digest", SCRIPT),
         ]
     )
     assert options == RunOptions(
@@ -70,6 +72,7 @@ def test_each_option_is_taken() -> None:
         spares=2,
         min_ranks=3,
         on_failure=("shrink",),
+        mode=Mode("backup", 2),
         run_dir=Path("/runs/a"),
         timeout_detect=0.1,
         timeout_progress=0.0,
