@@ -32,6 +32,12 @@ not matter::
     end        a rank: it wants the whole run to end now
     bye        a shepherd: it knows that all is over and is about to leave
 
+Notes are for the moment: they are not kept, and go to one shepherd, or to all::
+
+    ready      a rank: it has its gradients for a step
+    completed  a rank: it has done all its steps
+    cohort     what is settled about a step (hpcft.launch.cohorts)
+
 Leaders exchange beats, and judge silence with :mod:`hpcft.launch.quorum`.
 
 A guest (:mod:`hpcft.launch.guest`) is connected to any one shepherd, and shares the facts with all.
@@ -105,6 +111,7 @@ class Fleet(Company):
     peers: the table of all shepherds, this one included.
     timeout: seconds of silence after which a node is declared dead.
     on_fact: called with every fact that is new, own ones included.
+    on_note: called with every note for this shepherd, or for all.
     on_hold: called with True when this node's ranks must not run now, False when they may again.
     on_fenced: called once, when the others go on without this node.
     """
@@ -115,11 +122,13 @@ class Fleet(Company):
         peers: list[Peer],
         timeout: float,
         on_fact: Callable[[Message], None],
+        on_note: Callable[[Message], None],
         on_hold: Callable[[bool], None],
         on_fenced: Callable[[str], None],
     ) -> None:
         super().__init__(rank, peers, on_fact)
         self._leader = next(leader for leader, ranks in self._nodes.items() if rank in ranks)
+        self._on_note = on_note
         self._on_hold = on_hold
         self._on_fenced = on_fenced
         self._timeout = timeout
@@ -196,6 +205,43 @@ class Fleet(Company):
     def announce_end(self, rank: int, at: float) -> None:
         """Let everybody know that a rank is dead; why will be announced with its death."""
         self.announce("dead", **asdict(Death(rank, "", at)))
+
+    def settler(self, active: set[int]) -> int:
+        """The rank of the shepherd that settles for all what ranks wait for in each step.
+
+        Without it one of those that train is dead, and others are going to.
+        """
+        first = min(active)
+        if self._alone:
+            return first
+        return next(leader for leader, ranks in self._nodes.items() if first in ranks)
+
+    def note(self, to: int, **detail: object) -> None:
+        """Tell one shepherd something for the moment."""
+        self._pass_on({"to": to, **detail}, self.rank)
+
+    def proclaim(self, **detail: object) -> None:
+        """Tell all shepherds something for the moment; for one that others have as settler."""
+        self._pass_on({"to": None, **detail}, self.rank)
+
+    def _pass_on(self, note: Message, origin: int) -> None:
+        """Take a note that has come from ``origin``, or see that it gets where it is to go."""
+        to = note["to"]
+        if to in (None, self.rank):
+            self._on_note(note)
+        for peer in self._next(to, origin):
+            if connection := self._connections.get(peer):
+                connection.send(note)
+
+    def _next(self, to: int | None, origin: int) -> set[int]:
+        """To which shepherds a note goes from here."""
+        if to is not None:
+            return {to if to in self._connections else self._leader} - {self.rank, origin}
+        if origin == self.rank:
+            return self._expected()
+        # A node has what is for all from its leader.
+        leads_others = self._leads and not self._alone
+        return set(self._nodes[self.rank]) - {self.rank} if leads_others else set()
 
     def here(self) -> set[int]:
         """The ranks of this node whose shepherds are there."""
@@ -283,6 +329,8 @@ class Fleet(Company):
                     self._clock_of[peer] = message["beat"]
                     if self._quorum:
                         self._quorum.heard(peer, time.monotonic(), message["echo"])
+                elif "to" in message:
+                    self._pass_on(message, peer)
                 elif "hold" in message or "fence" in message:
                     self._obey(message)
                 else:

@@ -34,6 +34,7 @@ from hpcft.launch.cause import Death, Ending
 from hpcft.launch.channel import Message
 from hpcft.launch.child import Child
 from hpcft.launch.chronicle import Chronicle
+from hpcft.launch.cohorts import Cohorts
 from hpcft.launch.company import Company, Peer
 from hpcft.launch.copies import Copies
 from hpcft.launch.courier import Courier
@@ -444,11 +445,13 @@ class Shepherd:
             peers,
             self._options.timeout_detect,
             self._learned,
+            self._noted,
             self._child.hold,
             self._fence,
         )
         crew, progress = self._crew, self._progress
         self._departures = Departures(fleet, crew, self._link.tell)
+        self._cohorts = Cohorts(self._options.mode.backup, fleet.proclaim)
         least = self._options.min_ranks
         self._resizing = Resizing(fleet, crew, progress, self._over.is_set, least)
         self._copies = Copies(self._courier, fleet, crew, self._tiers, self._link.tell)
@@ -513,6 +516,13 @@ class Shepherd:
             # There is nothing to save yet.
             fact = self.fleet.said(LEAVE)[0]
             self._end(fact["code"], fact["reason"])
+
+    async def _rank_ready(self, message: Message) -> None:
+        """The rank has its gradients for a step; or all its steps are done."""
+        assert self.fleet is not None
+        self.fleet.note(self.fleet.settler(self._crew.active), **message)
+
+    _rank_completed = _rank_ready
 
     async def _rank_said(self, message: Message) -> None:
         """The rank is about to end, and says why."""
@@ -766,6 +776,13 @@ class Shepherd:
         elif kind.startswith("jam"):
             self._vigil.heard_jam(rank)
         self._check_over()
+
+    def _noted(self, note: Message) -> None:
+        """Something for the moment: to be settled here, or that has been settled."""
+        if note["kind"] == "cohort":
+            self._link.tell(note)
+        else:
+            self._cohorts.heard(note)
 
     def _check_over(self) -> None:
         if self.fleet is None:

@@ -233,6 +233,8 @@ class Checkpoints:
             for number, tier in enumerate(policy.near)
         ]
         self._layout: tuple[str, str] | None = None
+        #: Others save.
+        self._apart = False
         self.newest = -1
 
     @property
@@ -410,8 +412,11 @@ class Checkpoints:
             for series in self._all:
                 device.pin(series.engine, place)
 
-    def attach(self, comm: MPI.Intracomm, state: State) -> None:
-        """Save with the ranks of ``comm`` from now on."""
+    def attach(self, comm: MPI.Intracomm | None, state: State) -> None:
+        """Save with the ranks of ``comm`` from now on; None: others save."""
+        self._apart = comm is None
+        if comm is None:
+            return
         ranks = CommRanks(comm)
         if self._near and ranks.rank == 0:
             # Else they are not found again, which the files make up for.
@@ -449,7 +454,7 @@ class Checkpoints:
         ------
         MPI.Exception: a rank has failed.
         """
-        for series in self._all:
+        for series in self._all if not self._apart else ():
             series.edge(state, metrics)
 
     def save(self, state: State, overlap: bool) -> None:
@@ -459,7 +464,8 @@ class Checkpoints:
         ------
         MPI.Exception: a rank has failed.
         """
-        self._series.save(state, overlap)
+        if not self._apart:
+            self._series.save(state, overlap)
 
     def finish(self, state: State) -> None:
         """Training is over: save where it has come to, and wait until all is committed.

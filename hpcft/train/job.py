@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hpcft.errors import INTERRUPTED, HpcftError, StateLost
 from hpcft.train.accelerator import in_use
 from hpcft.train.averaging import averaging_hook
+from hpcft.train.backup import Backup, Late, backup_hook
 from hpcft.train.buckets import Buckets
 from hpcft.train.checkpoints import CommRanks
 from hpcft.train.lasting import Lasting
@@ -105,6 +106,10 @@ class Job:
         self._dry = 0
         self._idle: set[torch.optim.Optimizer] | None = None
         self._savepoint: Savepoint | None = None
+        self._backup: Backup | None = None
+        if lasting.session.mode.name == "backup" and self._world.link:
+            cohorts, failed = self._world.link.cohorts, self._failed_here_or_there
+            self._backup = Backup(self.group, self._world, cohorts, failed)
         self._samplers: list[ElasticBatchSampler] = []
         self._shared_buffers: list[torch.Tensor] = []
         self._warmed = False
@@ -179,7 +184,10 @@ class Job:
         for module in state.modules():
             module.register_forward_pre_hook(self._before_forward)
             if isinstance(module, DistributedDataParallel):
-                module.register_comm_hook(self, averaging_hook)
+                if self._backup:
+                    module.register_comm_hook(self._backup, backup_hook)
+                else:
+                    module.register_comm_hook(self, averaging_hook)
                 if module.broadcast_buffers:
                     # Its forward would give rank 0's buffers to all at the start of the next step,
                     # too late if rank 0 dies before.
@@ -197,6 +205,8 @@ class Job:
                 'on_shrink="keep-global-batch" needs to know the batches',
                 "track exactly one hpcft.ElasticBatchSampler in the state",
             )
+        if self._backup:
+            self._backup.bind(state, self._samplers[0] if len(self._samplers) == 1 else None)
         self._place(state)
         self._savepoint = Savepoint(state)
 
@@ -216,6 +226,9 @@ class Job:
             # Exact also where the ranks' batches differ in size.
             sampler = self._samplers[0]
             self.scale = sampler.local_count / sampler.global_count
+        if self._backup:
+            together = self.spare or not self._buckets.settled
+            self._backup.begin(state.step, self.scale, together)
         self._step_seed = random.Random(f"{self._seed} {self.rank} {state.step}").getrandbits(63)
         self._seed_generators()
         self._seeded_forward = False
@@ -252,8 +265,10 @@ class Job:
             # Without gradients it changes nothing.
             optimizer.zero_grad(set_to_none=True)
             return
-        if self._stepped == 0 and self._shared_buffers:
-            self._share_buffers()
+        if self._stepped == 0:
+            self._see_that_in_time()
+            if self._shared_buffers:
+                self._share_buffers()
         if not self._failed():
             if self._checkpoints:
                 self._checkpoints.before_update()
@@ -263,6 +278,11 @@ class Job:
         # Another optimizer has stepped already, and this one steps on gradients nobody added up.
         self._broken = True
 
+    def _see_that_in_time(self) -> None:
+        """This rank's gradients may have been too late for the step, which others have made."""
+        if self._backup and self._backup.late():
+            raise StepInterrupted if self._failed() else Late
+
     def _share_buffers(self) -> None:
         """Have all ranks go on with rank 0's buffers (running means), as part of the step."""
         alike: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
@@ -270,7 +290,8 @@ class Job:
             alike.setdefault((buffer.dtype, buffer.device), []).append(buffer)
         for buffers in alike.values():
             flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
-            self.group.broadcast([flat]).wait()
+            if not (self._backup and self._backup.share_buffers(flat)):
+                self.group.broadcast([flat]).wait()
             parts = torch.split(flat, [buffer.numel() for buffer in buffers])
             for buffer, part in zip(buffers, parts, strict=True):
                 buffer.copy_(part.view_as(buffer))
@@ -288,9 +309,10 @@ class Job:
             if enough or not self._dry:
                 raise _DryRunOver
             return
+        self._see_that_in_time()
         state.__dict__["step"] += 1
         for sampler in self._samplers:
-            sampler.advance()
+            sampler.advance(self._backup.taken() if self._backup else None)
         # A collective that failed after the optimizer's step has given its caller a wrong answer;
         # one that failed in a step without any optimizer's step, wrong gradients to who knows what.
         self._whole = self.group.failure is None
@@ -304,13 +326,18 @@ class Job:
             self._buckets.settle()
         if self._failed():
             raise StepInterrupted
+        if self._backup:
+            self._backup.hand_on(state)
         if self._checkpoints:
             self._checkpoints.edge(state, metrics)
+        self._leave_if_asked(state)
+        self._pace.ended()
+        self._begin_step(state)
+
+    def _leave_if_asked(self, state: State) -> None:
         if link := self._world.link:
             for departure in link.departures.asked():
                 self._leave_or_go_on(state, departure)
-        self._pace.ended()
-        self._begin_step(state)
 
     def _leave_or_go_on(self, state: State, departure: Departure) -> None:
         """All are to leave; see whether this is the step they leave at."""
@@ -378,9 +405,12 @@ class Job:
         False if training goes on: what the next launch was to go on from could not be saved.
         """
         try:
-            train(state)
+            while not self._in_time(train, state):
+                self._catch_up(state)
         except _Leaving:
             self._leaving = True
+        if self._backup:
+            self._come_together(state)
         if not self._checkpoints:
             return True
         if self._leaving:
@@ -393,11 +423,59 @@ class Job:
                 self._leaving = self._resizing = False
                 resize.forget()
                 link.send("stays")
+                self._attach_checkpoints(state)
                 self._begin_step(state)
                 return False
         if not self._resizing:
             self._checkpoints.finish(state)
         return True
+
+    def _in_time(self, train: Callable[[State], None], state: State) -> bool:
+        """Train; False if others have made a step without this rank."""
+        try:
+            train(state)
+        except Late:
+            return False
+        return True
+
+    def _catch_up(self, state: State) -> None:
+        """Go on where the others are, who have made steps without this rank."""
+        assert self._backup is not None
+        assert self._savepoint is not None
+        self._savepoint.restore()
+        if self._checkpoints:
+            self._checkpoints.before_update()
+        self._broken = True
+        if not self._backup.catch_up(state):
+            self._broken = False
+            raise StepInterrupted
+        self._savepoint.renew()
+        self._world.progress.step(state.step)
+        self._place(state)
+        self._leave_if_asked(state)
+
+    def _come_together(self, state: State) -> None:
+        """Training is over: have all ranks at the same step again, and save together."""
+        assert self._backup is not None
+        if not self._backup.gather(state):
+            raise StepInterrupted
+        if self._checkpoints:
+            self._checkpoints.settle()
+            self._checkpoints.attach(self._world.active, state)
+
+    def _attach_checkpoints(self, state: State) -> None:
+        """Save with all ranks; where they are not at the same step rank 0 saves alone."""
+        if not self._checkpoints:
+            return
+        comm = self._world.active
+        if self._backup:
+            comm = MPI.COMM_SELF if self.rank == 0 else None
+        self._checkpoints.attach(comm, state)
+
+    def _attend(self) -> None:
+        """A membership begins."""
+        if self._backup:
+            self._backup.attend(self._world.membership.epoch, self.size)
 
     def _start(self, state: State) -> None:
         """Have all ranks begin with the state of rank 0."""
@@ -426,8 +504,9 @@ class Job:
                     arrival.install()
         if self._checkpoints:
             self._checkpoints.check(state)
-            self._checkpoints.attach(comm, state)
+        self._attach_checkpoints(state)
         self._teller.restored(state.step)
+        self._attend()
         self._place(state)
         self._savepoint.renew()
         self._begun = True
@@ -529,10 +608,10 @@ class Job:
             # What was restored has a step nobody could know when it was planned.
             recovery.transfer = replace(recovery.transfer, step=state.step)
             self._whole = self._begun = True
+            self._attend()
             self._place(state)
             self._savepoint = Savepoint(state)
-            if self._checkpoints:
-                self._checkpoints.attach(world.active, state)
+            self._attach_checkpoints(state)
 
         try:
             recovery = self._heal(report, transfer, agreed, settle)

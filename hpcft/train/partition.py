@@ -4,22 +4,63 @@ An epoch is a permutation of all samples that depends on nothing but seed, epoch
 eats it from the front, a global batch a step; each rank takes its slice of the batch. When the
 number of ranks changes only the slices change, so that within an epoch no sample is seen twice or
 left out (but for the tail of the epoch that fills no batch, if that is to be dropped).
+
+A slice that no gradient came from, for its rank was late, is left for another pass over the epoch,
+which goes through all that was left by the one before.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+#: From, and up to which, place in an epoch's permutation.
+Stretch = tuple[int, int]
+
 
 @dataclass(frozen=True)
 class Position:
-    """How far training has come: ``consumed`` samples of ``epoch``'s permutation."""
+    """How far training has come: ``consumed`` samples of a pass over ``epoch``'s permutation.
+
+    agenda: the stretches of the permutation that the pass goes through; none: all of it.
+    left: those that no step of the pass has taken.
+    """
 
     epoch: int = 0
     consumed: int = 0
+    agenda: tuple[Stretch, ...] = ()
+    left: tuple[Stretch, ...] = ()
+
+    def length(self, size: int) -> int:
+        """Number of samples of the pass, in an epoch of ``size``."""
+        return sum(stop - start for start, stop in self.agenda) if self.agenda else size
+
+    def stretches(self, start: int, stop: int) -> list[Stretch]:
+        """Where in the permutation the samples of the pass from ``start`` to ``stop`` are."""
+        if not self.agenda:
+            return [(start, stop)]
+        found, before = [], 0
+        for first, last in self.agenda:
+            begin = max(first, first + start - before)
+            end = min(last, first + stop - before)
+            if begin < end:
+                found.append((begin, end))
+            before += last - first
+        return found
+
+    def after(self, count: int, missed: Sequence[Stretch] = ()) -> Position:
+        """When ``count`` more samples are consumed.
+
+        Parameters
+        ----------
+        missed: the parts of those samples that nothing was learnt from.
+        """
+        at = self.consumed
+        left = [part for start, stop in missed for part in self.stretches(at + start, at + stop)]
+        return replace(self, consumed=at + count, left=(*self.left, *left))
 
 
 def permutation(size: int, epoch: int, seed: int, shuffle: bool) -> npt.NDArray[np.int64]:
@@ -47,14 +88,22 @@ def batch_count(size: int, consumed: int, batch: int, ranks: int, drop_last: boo
 
 
 def settle(position: Position, size: int, batch: int, ranks: int, drop_last: bool) -> Position:
-    """``position``, or the start of the next epoch if nothing of its epoch is left to train on.
+    """``position``, or the start of the next pass if nothing of its own is left to train on.
+
+    That is over what this one has left, if that makes a batch, else over the next epoch.
 
     Raises
     ------
     ValueError: not even a whole epoch makes a batch.
     """
-    if batch_count(size, position.consumed, batch, ranks, drop_last):
+
+    def goes_on(at: Position) -> bool:
+        return batch_count(at.length(size), at.consumed, batch, ranks, drop_last) > 0
+
+    anew = Position(position.epoch + 1)
+    if goes_on(position):
         return position
-    if not batch_count(size, 0, batch, ranks, drop_last):
+    if not goes_on(anew):
         raise ValueError(f"{size} samples make no global batch of {batch} for {ranks} ranks")
-    return Position(position.epoch + 1, 0)
+    again = Position(position.epoch, 0, position.left)
+    return again if position.left and goes_on(again) else anew

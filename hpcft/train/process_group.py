@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 
 from hpcft.ckpt import device
 from hpcft.errors import HpcftError
+from hpcft.train import ring
 from hpcft.world.requests import all_done, wait_all
 
 _BACKEND = "hpcft"
@@ -211,6 +212,8 @@ class WorldProcessGroup(dist.ProcessGroup):
     failure: the first MPI error since the last :meth:`attach`, None while all is well; the same for
         a group and its subgroups, for a rank that has failed is missing in the end from all.
     refuse: called when a failure is met, until a script is past what it cannot take back.
+    apart: why collectives cannot be called, as the ranks are not at the same step; None if they
+        can. The same for a group and its subgroups.
     """
 
     def __init__(
@@ -226,6 +229,7 @@ class WorldProcessGroup(dist.ProcessGroup):
         self._root = root
         self._failure: BaseException | None = None
         self._refuse: Callable[[], None] | None = None
+        self.apart: HpcftError | None = None
 
     @property
     def failure(self) -> BaseException | None:
@@ -268,7 +272,7 @@ class WorldProcessGroup(dist.ProcessGroup):
                         "use groups of all ranks",
                     )
         self._comm, self._rank, self._size = comm, comm.rank, comm.size
-        self.failure = None
+        self.failure = self.apart = None
         for group, _ in self._subgroups:
             group.attach(comm.Dup())
 
@@ -310,6 +314,28 @@ class WorldProcessGroup(dist.ProcessGroup):
 
         self._call(call, local=_nothing)
         return group
+
+    def allreduce_among(self, ranks: Sequence[int], tensors: Sequence[torch.Tensor]) -> None:
+        """Add up tensors over some of the ranks, of which this is one, in place."""
+
+        def call(comm: MPI.Intracomm) -> None:
+            for tensor in tensors:
+                memory = _Memory(tensor, reduce=True)
+                ring.add_up(comm, ranks, memory.flat)
+                memory.settle()
+
+        self._attempt(call, local=_nothing)
+
+    def broadcast_among(self, ranks: Sequence[int], tensors: Sequence[torch.Tensor]) -> None:
+        """Give some of the ranks, of which this is one, the first of these's tensors."""
+
+        def call(comm: MPI.Intracomm) -> None:
+            for tensor in tensors:
+                memory = _Memory(tensor, fill=comm.rank == ranks[0])
+                ring.give(comm, ranks, memory.flat)
+                memory.settle()
+
+        self._attempt(call, local=_nothing)
 
     # -- what torch asks -----------------------------------------------------------------------
 
@@ -356,6 +382,19 @@ class WorldProcessGroup(dist.ProcessGroup):
         return group
 
     def _call(
+        self, call: Callable[[MPI.Intracomm], object], *, local: Callable[[], object]
+    ) -> None:
+        """Make a collective call of all ranks, as :meth:`_attempt` does.
+
+        Raises
+        ------
+        HpcftError: the ranks are apart.
+        """
+        if error := (self._root or self).apart:
+            raise error
+        self._attempt(call, local=local)
+
+    def _attempt(
         self, call: Callable[[MPI.Intracomm], object], *, local: Callable[[], object]
     ) -> None:
         """Make an MPI call, recording its failure; do ``local`` instead when parked or broken."""

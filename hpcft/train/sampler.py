@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Sampler
 
 from hpcft.errors import HpcftError
-from hpcft.train.partition import Position, batch_count, permutation, settle, share
+from hpcft.train.partition import Position, Stretch, batch_count, permutation, settle, share
 
 
 class ElasticBatchSampler(Sampler[list[int]]):
@@ -21,7 +22,9 @@ class ElasticBatchSampler(Sampler[list[int]]):
         state = hpcft.State(..., sampler=sampler)
 
     Tracked in the state it goes on at the last committed step after a failure, however far the
-    loader had read ahead. An iteration runs to the end of the epoch.
+    loader had read ahead. An iteration runs to the end of the epoch; where samples of ranks that
+    were late are left (``--mode backup``), others follow that go through them, before ``epoch``
+    counts one more.
 
     Parameters
     ----------
@@ -75,8 +78,9 @@ class ElasticBatchSampler(Sampler[list[int]]):
         except ValueError as error:
             raise HpcftError(str(error), "give a smaller batch_size") from None
 
-    def _count(self, consumed: int) -> int:
-        return batch_count(self.size, consumed, self._batch, self._ranks, self._drop_last)
+    def _count_in(self, position: Position, consumed: int) -> int:
+        length = position.length(self.size)
+        return batch_count(length, consumed, self._batch, self._ranks, self._drop_last)
 
     @property
     def epoch(self) -> int:
@@ -86,37 +90,61 @@ class ElasticBatchSampler(Sampler[list[int]]):
     @property
     def global_count(self) -> int:
         """Samples of all ranks in the step that comes next."""
-        return self._count(self._position.consumed)
+        return self._count_in(self._position, self._position.consumed)
 
     @property
     def local_count(self) -> int:
         """Samples of this rank in the step that comes next."""
-        start, stop = share(self.global_count, self._rank, self._ranks)
-        return stop - start
+        return self.count_of([self._rank])
 
-    def advance(self) -> None:
-        """A step is committed."""
-        at = self._position
-        self._settle(Position(at.epoch, at.consumed + self.global_count))
+    def count_of(self, ranks: Iterable[int]) -> int:
+        """Samples of some ranks in the step that comes next."""
+        return sum(stop - start for start, stop in map(self._slice, ranks))
+
+    def _slice(self, rank: int) -> Stretch:
+        return share(self.global_count, rank, self._ranks)
+
+    def advance(self, taken: Collection[int] | None = None) -> None:
+        """A step is committed.
+
+        Parameters
+        ----------
+        taken: the ranks whose samples it has learnt from; None for all.
+        """
+        missed = [r for r in range(self._ranks) if taken is not None and r not in taken]
+        left = [self._slice(rank) for rank in missed]
+        self._settle(self._position.after(self.global_count, left))
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, consumed = self._position.epoch, self._position.consumed
-        order = permutation(self.size, epoch, self._seed, self._shuffle)
-        while count := self._count(consumed):
+        at = self._position
+        consumed = at.consumed
+        order = permutation(self.size, at.epoch, self._seed, self._shuffle)
+        if at.agenda:
+            order = np.concatenate([order[start:stop] for start, stop in at.agenda])
+        while count := self._count_in(at, consumed):
             start, stop = share(count, self._rank, self._ranks)
             yield order[consumed + start : consumed + stop].tolist()
             consumed += count
 
     def __len__(self) -> int:
-        """Steps left in the epoch."""
-        left = self.size - self._position.consumed
+        """Steps left in the pass."""
+        left = self._position.length(self.size) - self._position.consumed
         whole, rest = divmod(left, self._batch)
         return whole + bool(rest >= self._ranks and not self._drop_last)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, for the state."""
-        return {"epoch": self._position.epoch, "consumed": self._position.consumed}
+        at = self._position
+        state: dict[str, Any] = {"epoch": at.epoch, "consumed": at.consumed}
+        for name in ("agenda", "left"):
+            if stretches := getattr(at, name):
+                state[name] = np.array(stretches, np.int64)
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a position :meth:`state_dict` gave."""
-        self._position = Position(state["epoch"], state["consumed"])
+        agenda, left = (
+            tuple((int(start), int(stop)) for start, stop in state.get(name, ()))
+            for name in ("agenda", "left")
+        )
+        self._position = Position(state["epoch"], state["consumed"], agenda, left)

@@ -83,6 +83,8 @@ class Series:
         self._save: Save | None = None
         self._measured_from = (0, 0.0)
         self._next: int | None = None
+        #: The last step at whose edge this rank has been.
+        self._seen = 0
         self._metrics: dict[str, float] = {}
         #: The script has asked for a save that is not through yet.
         self._asked = False
@@ -111,6 +113,7 @@ class Series:
         self._regrouped = True
         self._measured_from = (step, time.monotonic())
         self._next = step + 1 if soon else None
+        self._seen = step
 
     def drop(self) -> None:
         """Give up a checkpoint that is not yet on its way into the store."""
@@ -235,10 +238,13 @@ class Series:
         return self._ranks.least(-int(self._asked)) < 0
 
     def _due(self, step: int) -> bool:
-        if step == self._next:
+        # A rank that was late has not been at every step.
+        seen, self._seen = self._seen, step
+        if self._next is not None and step >= self._next:
+            self._next = None
             return True
         if not self._timed:
-            return step % int(self._every) == 0
+            return step // int(self._every) > seen // int(self._every)
         since, began = self._measured_from
         if self._next is None and step >= since + _MEASURED_STEPS:
             self._schedule(step, (time.monotonic() - began) / (step - since))

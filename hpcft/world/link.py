@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
+from hpcft.world.cohort import Cohorts
 from hpcft.world.departure import Departures
 from hpcft.world.progress import Progress
 
@@ -50,7 +51,8 @@ class Link:
 
     ``news`` is set whenever a failure has become known; who waits on it clears it. ``copied`` has
     the names of the checkpoints of which the shepherd has made copies on another node, with why it
-    could not, if so. ``departures`` knows whether all are to leave.
+    could not, if so. ``departures`` knows whether all are to leave, ``cohorts`` whose gradients
+    make a step.
     """
 
     def __init__(self, sock: socket.socket, progress: Progress) -> None:
@@ -64,6 +66,7 @@ class Link:
         #: What came before this process could act on it.
         self._early: list[dict[str, Any]] = []
         self.departures = Departures(progress, self._at)
+        self.cohorts = Cohorts(self.send)
 
     @classmethod
     def inherited(cls) -> Link | None:
@@ -131,6 +134,9 @@ class Link:
             for message in chain(self._early, map(json.loads, self._reader)):
                 if message["kind"] == "copied":
                     self.copied[message["checkpoint"]] = message["why"]
+                    continue
+                if message["kind"] == "cohort":
+                    self.cohorts.told(message)
                     continue
                 if message["kind"] == "leave":
                     departure = self.departures.of(message["purpose"])

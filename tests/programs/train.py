@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import signal
 import threading
 import time
@@ -28,6 +29,9 @@ def main() -> None:
     parser.add_argument("--pace", type=float, default=0.01, help="seconds of sleep in a step")
     parser.add_argument(
         "--slow", type=int, default=-1, help="this rank sleeps 50 ms more in a step"
+    )
+    parser.add_argument(
+        "--late", nargs=3, type=float, default=(-1, 0, 0), metavar=("PROCESS", "SECONDS", "SHARE")
     )
     parser.add_argument("--until", default="", metavar="FILE", help="no pace once this is there")
     parser.add_argument("--busy", type=float, default=0.0, help="seconds holding the GIL, step 5")
@@ -98,6 +102,9 @@ def main() -> None:
             if job.rank == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    chance = random.Random(original)
+    who, long, share = args.late
+
     def train(state: hpcft.State) -> None:
         while state.step < args.steps:
             for inputs, targets in loader:
@@ -105,6 +112,8 @@ def main() -> None:
                 inputs, targets = inputs.to(args.device), targets.to(args.device)
                 if state.step == args.raise_at and job.rank == 1 and not job.spare:
                     raise ValueError("this script is wrong")
+                if original == who and not job.spare and chance.random() < share:
+                    time.sleep(long)
                 if job.rank == args.slow:
                     time.sleep(0.05)
                 loss = F.cross_entropy(model(inputs), targets)

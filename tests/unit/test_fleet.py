@@ -17,10 +17,7 @@ async def _pair() -> list[Fleet]:
         listener.peer(Place(rank, 2, "a", "a", "127.0.0.1"))
         for rank, listener in enumerate(listeners)
     ]
-    fleets = [
-        Fleet(rank, peers, 30.0, lambda fact: None, lambda hold: None, lambda reason: None)
-        for rank in range(2)
-    ]
+    fleets = [Fleet(rank, peers, 30.0, *[lambda _: None] * 4) for rank in range(2)]
     await asyncio.gather(*(f.join(ls, SECRET) for f, ls in zip(fleets, listeners, strict=True)))
     return fleets
 
