@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from hpcft.launch.cause import Death
+from hpcft.launch.channel import Message
 from hpcft.launch.fleet import Fleet, Listener
 from hpcft.launch.place import Place
 
@@ -39,3 +40,38 @@ def test_nobody_leaves_before_it_is_known_why_a_rank_is_dead() -> None:
         return first.known("cause")
 
     assert asyncio.run(story()) == {1}
+
+
+def test_notes_get_from_any_shepherd_to_the_settler_and_back_to_all() -> None:
+    async def story(nodes: str) -> None:
+        listeners = [Listener("127.0.0.1") for _ in nodes]
+        size = len(nodes)
+        peers = [
+            listener.peer(Place(rank, size, nodes[rank], nodes[rank], "127.0.0.1"))
+            for rank, listener in enumerate(listeners)
+        ]
+        got: list[list[Message]] = [[] for _ in nodes]
+        fleets = [
+            Fleet(rank, peers, 30.0, lambda _: None, got[rank].append, *[lambda _: None] * 2)
+            for rank in range(size)
+        ]
+        await asyncio.gather(*(f.join(ls, SECRET) for f, ls in zip(fleets, listeners, strict=True)))
+        for fleet in fleets:
+            fleet.note(fleets[0].settler({1, 2}), of=fleet.rank)
+        settler = fleets[0].settler({1, 2})
+        while len(got[settler]) < size:
+            await asyncio.sleep(0.001)
+        assert {note["of"] for note in got[settler]} == set(range(size))
+        fleets[settler].proclaim(of=-1)
+        while not all(notes and notes[-1]["of"] == -1 for notes in got):
+            await asyncio.sleep(0.001)
+        # Each once.
+        assert [len(notes) for notes in got] == [
+            1 + size * (rank == settler) for rank in range(size)
+        ]
+        for fleet in fleets:
+            fleet.announce("bye", fleet.rank)
+        await asyncio.gather(*(fleet.leave() for fleet in fleets))
+
+    for nodes in ("aaaa", "aabb", "abc", "abbca"):
+        asyncio.run(story(nodes))

@@ -68,6 +68,48 @@ def test_every_sample_once_an_epoch_through_any_failures(data: st.DataObject) ->
     assert left < (largest if drop_last else ranks)
 
 
+@given(st.data())
+def test_what_late_ranks_did_not_bring_in_comes_again_in_the_epoch(data: st.DataObject) -> None:
+    ranks = data.draw(st.integers(1, 5), "ranks")
+    batch_size = data.draw(st.integers(1, 3), "batch_size")
+    size = data.draw(st.integers(ranks * batch_size, 90), "size")
+    drop_last = data.draw(st.booleans(), "drop_last")
+    samplers = [ElasticBatchSampler(size, batch_size, drop_last=drop_last) for _ in range(ranks)]
+    for rank, sampler in enumerate(samplers):
+        sampler.place(rank, ranks)
+    learnt: list[int] = []
+    while samplers[0].epoch == 0:
+        batches = [next(iter(sampler)) for sampler in samplers]
+        taken = data.draw(st.sets(st.integers(0, ranks - 1), min_size=1), "taken")
+        counts = [len(batches[rank]) for rank in sorted(taken)]
+        assert sum(counts) == samplers[0].count_of(taken)
+        learnt += [i for rank in sorted(taken) for i in batches[rank]]
+        for sampler in samplers:
+            sampler.advance(taken)
+        # Who was late goes on from another's position.
+        for rank in set(range(ranks)) - taken:
+            samplers[rank].load_state_dict(samplers[min(taken)].state_dict())
+    assert len(set(learnt)) == len(learnt)
+    again = next(iter(samplers[0]))
+    assert again
+    assert {s.epoch for s in samplers} == {1}
+
+
+def test_passes_over_what_was_left_have_the_order_of_the_epoch() -> None:
+    first, second = (ElasticBatchSampler(12, 2, shuffle=False) for _ in range(2))
+    first.place(0, 2)
+    second.place(1, 2)
+    for taken in ([0], [0, 1], [1]):
+        for sampler in (first, second):
+            sampler.advance(taken)
+    assert (first.epoch, len(first)) == (0, 1)
+    assert [list(first), list(second)] == [[[2, 3]], [[8, 9]]]
+    for sampler in (first, second):
+        sampler.advance()
+    assert (first.epoch, len(first)) == (1, 3)
+    assert first.state_dict() == {"epoch": 1, "consumed": 0}
+
+
 def test_an_adopted_rank_continues_at_the_committed_position() -> None:
     survivor, spare = ElasticBatchSampler(50, 5), ElasticBatchSampler(50, 5)
     for sampler in (survivor, spare):
