@@ -20,6 +20,9 @@ from hpcft.world.cohort import Cohort
 #: this part of what a step has taken lately. Else a rank that is always a little slower than the
 #: others would work for nothing in every second step.
 _PATIENCE = 0.05
+#: When there are too few, and late ranks that could make up for others, it waits longer: should
+#: those others come, the late ones had better be idle, so that they are not late again.
+_LONG_PATIENCE = 0.5
 #: By how many steps that is measured.
 _LATELY = 9
 
@@ -53,6 +56,11 @@ class Settling:
         """Whether there are enough gradients for the step, though more may come."""
         return len(self._ready) >= self._enough
 
+    @property
+    def wanting(self) -> bool:
+        """Whether there are not, and late ranks could make up for others."""
+        return not self.enough and bool(self._ready and self._late)
+
     def ready(self, rank: int, step: int) -> list[Cohort]:
         """A rank has its gradients; returns what is settled by that."""
         if self._step is None or step > self._step:
@@ -77,6 +85,10 @@ class Settling:
         self._step += 1
         return [cohort]
 
+    def recruit(self) -> list[Cohort]:
+        """Late ranks are handed the state that the step began with, to have gradients for it."""
+        return self._hand_over(min(self._ready))
+
     def completed(self, rank: int, step: int) -> list[Cohort]:
         """A rank has done all its steps; returns what is settled by that."""
         self._step = step
@@ -88,11 +100,16 @@ class Settling:
 
     def _serve(self) -> list[Cohort]:
         """Late ranks are taken in by those that have done all their steps, if there are such."""
-        if not (self._completed and self._late):
-            return []
+        done = bool(self._completed and self._late)
+        return self._hand_over(min(self._completed)) if done else []
+
+    def _hand_over(self, giver: int) -> list[Cohort]:
+        """Somebody who waits gives the state as it is before the next step."""
         assert self._step is not None
-        joining, self._late = tuple(sorted(self._late)), set()
-        return [Cohort(self._step - 1, (), joining, min(self._completed))]
+        joining = tuple(sorted(self._late))
+        self._present |= self._late
+        self._late = set()
+        return [Cohort(self._step - 1, (), joining, giver)]
 
 
 class Cohorts:
@@ -125,15 +142,26 @@ class Cohorts:
             self._settled(self._settling.completed(rank, step))
             return
         self._settled(self._settling.ready(rank, step))
-        if self._settling.enough and not self._timer:
-            patience = _PATIENCE * statistics.median(self._took) if self._took else 0.0
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(patience, self._patience_over)
+        if self._settling.enough:
+            self._wait(_PATIENCE)
+        elif self._settling.wanting:
+            self._wait(_LONG_PATIENCE)
+
+    def _wait(self, patience: float) -> None:
+        """For others that may be about to come."""
+        typical = statistics.median(self._took) if self._took else 0.0
+        end = asyncio.get_running_loop().time() + patience * typical
+        if self._timer and self._timer.when() <= end:
+            return
+        self._stop_waiting()
+        self._timer = asyncio.get_running_loop().call_at(end, self._patience_over)
 
     def _patience_over(self) -> None:
         self._timer = None
         if self._settling.enough:
             self._settled(self._settling.settle())
+        elif self._settling.wanting:
+            self._settled(self._settling.recruit())
 
     def _stop_waiting(self) -> None:
         if self._timer:

@@ -10,8 +10,10 @@ DDP reads the hook's annotations, so they must not be strings.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
+from mpi4py import MPI
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
@@ -60,11 +62,20 @@ class Backup:
         self.cohort: Cohort | None = None
         self._step = 0
         self._apart = False
-        self._sampler: ElasticBatchSampler | None = None
         self._waiting: list[tuple[torch.Tensor, Future[torch.Tensor]]] = []
 
-    def bind(self, state: State, sampler: ElasticBatchSampler | None) -> None:
-        """Have the gradients of these modules come here.
+    def bind(
+        self,
+        state: State,
+        sampler: ElasticBatchSampler | None,
+        before_the_step: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """Train this state.
+
+        Parameters
+        ----------
+        sampler: gives the ranks their batches; None: they are of one size.
+        before_the_step: within it the state is as the step that is under way began with it.
 
         Raises
         ------
@@ -83,7 +94,8 @@ class Backup:
                 "all ranks wait for each other",
                 "leave that away, if all parameters get gradients, or use --mode sync",
             )
-        self._sampler = sampler
+        self._state, self._sampler = state, sampler
+        self._before_the_step = before_the_step
 
     def attend(self, epoch: int, size: int) -> None:
         """A membership begins, of so many ranks that train, which are at the same step."""
@@ -130,16 +142,29 @@ class Backup:
 
     def _add_up(self, gradients: list[torch.Tensor]) -> None:
         if self.cohort is None:
-            rank = self._world.logical
-            assert rank is not None
-            with self._world.progress.waiting():
-                self.cohort = self._cohorts.ready(rank, self._step, self._failed)
+            self.cohort = self._settled()
         if self.cohort is None or self.late():
             return
         scale = self._share(self.cohort.ranks)
         for gradient in gradients:
             gradient.mul_(scale)
         self.group.allreduce_among(self.cohort.ranks, gradients)
+
+    def _settled(self) -> Cohort | None:
+        """Who makes the step; None if that is not settled any more, as a rank has failed."""
+        rank = self._world.logical
+        assert rank is not None
+        with self._world.progress.waiting():
+            cohort = self._cohorts.ready(rank, self._step, self._failed)
+            while cohort and not cohort.ranks:
+                try:
+                    with self._before_the_step():
+                        self._give(cohort)
+                except MPI.Exception as error:
+                    self.group.failure = error
+                    return None
+                cohort = self._cohorts.made(rank, self._step, self._failed)
+        return cohort
 
     def _share(self, ranks: Sequence[int]) -> float:
         """This rank's part of the samples that the step learns from."""
@@ -157,7 +182,7 @@ class Backup:
 
     # -- late ranks ----------------------------------------------------------------------------
 
-    def hand_on(self, state: State) -> None:
+    def hand_on(self) -> None:
         """A step is completed: give the state to who was late, if that is this rank's turn.
 
         Raises
@@ -165,14 +190,14 @@ class Backup:
         MPI.Exception: a rank has failed.
         """
         if self.cohort and self.cohort.joining and self.cohort.giver == self._world.logical:
-            self._give(self.cohort, state)
+            self._give(self.cohort)
 
-    def _give(self, cohort: Cohort, state: State) -> None:
+    def _give(self, cohort: Cohort) -> None:
         assert self._world.active is not None
         with self._world.progress.waiting():
-            give(self._world.active, _transfer(cohort), state.take_apart())
+            give(self._world.active, _transfer(cohort), self._state.take_apart())
 
-    def catch_up(self, state: State) -> bool:
+    def catch_up(self) -> bool:
         """This rank was late: take over the state of one that was not.
 
         Returns
@@ -190,12 +215,12 @@ class Backup:
             cohort = self._cohorts.taken_in(rank, self._failed)
             if cohort is None:
                 return False
-            arrival = Arrival(state, in_place=True)
+            arrival = Arrival(self._state, in_place=True)
             arrival.receive(self._world.active, _transfer(cohort))
             arrival.install()
         return True
 
-    def gather(self, state: State) -> bool:
+    def gather(self) -> bool:
         """All steps are done here: wait until they are in all ranks, which are together again.
 
         Returns
@@ -208,7 +233,7 @@ class Backup:
         """
         rank = self._world.logical
         assert rank is not None
-        self._cohorts.completed(rank, state.step)
+        self._cohorts.completed(rank, self._state.step)
         while True:
             with self._world.progress.waiting():
                 cohort = self._cohorts.concluded(rank, self._failed)
@@ -216,8 +241,8 @@ class Backup:
                 return False
             if cohort.over:
                 break
-            self._give(cohort, state)
-        self.begin(state.step, self.scale, together=True)
+            self._give(cohort)
+        self.begin(self._state.step, self.scale, together=True)
         return True
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Literal
 
@@ -206,9 +207,14 @@ class Job:
                 "track exactly one hpcft.ElasticBatchSampler in the state",
             )
         if self._backup:
-            self._backup.bind(state, self._samplers[0] if len(self._samplers) == 1 else None)
+            sampler = self._samplers[0] if len(self._samplers) == 1 else None
+            self._backup.bind(state, sampler, self._before_the_step)
         self._place(state)
         self._savepoint = Savepoint(state)
+
+    def _before_the_step(self) -> AbstractContextManager[None]:
+        assert self._savepoint is not None
+        return self._savepoint.brought_back()
 
     def _place(self, state: State) -> None:
         """Tell the samplers who we are, and begin the step that the state is at."""
@@ -327,7 +333,7 @@ class Job:
         if self._failed():
             raise StepInterrupted
         if self._backup:
-            self._backup.hand_on(state)
+            self._backup.hand_on()
         if self._checkpoints:
             self._checkpoints.edge(state, metrics)
         self._leave_if_asked(state)
@@ -446,7 +452,7 @@ class Job:
         if self._checkpoints:
             self._checkpoints.before_update()
         self._broken = True
-        if not self._backup.catch_up(state):
+        if not self._backup.catch_up():
             self._broken = False
             raise StepInterrupted
         self._savepoint.renew()
@@ -457,7 +463,7 @@ class Job:
     def _come_together(self, state: State) -> None:
         """Training is over: have all ranks at the same step again, and save together."""
         assert self._backup is not None
-        if not self._backup.gather(state):
+        if not self._backup.gather():
             raise StepInterrupted
         if self._checkpoints:
             self._checkpoints.settle()

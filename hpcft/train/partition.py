@@ -41,7 +41,7 @@ class Position:
     def stretches(self, start: int, stop: int) -> list[Stretch]:
         """Where in the permutation the samples of the pass from ``start`` to ``stop`` are."""
         if not self.agenda:
-            return [(start, stop)]
+            return [(start, stop)] if start < stop else []
         found, before = [], 0
         for first, last in self.agenda:
             begin = max(first, first + start - before)
@@ -90,7 +90,8 @@ def batch_count(size: int, consumed: int, batch: int, ranks: int, drop_last: boo
 def settle(position: Position, size: int, batch: int, ranks: int, drop_last: bool) -> Position:
     """``position``, or the start of the next pass if nothing of its own is left to train on.
 
-    That is over what this one has left, if that makes a batch, else over the next epoch.
+    That is over what no step of this one has taken, if such was left by any and makes a batch, else
+    over the next epoch.
 
     Raises
     ------
@@ -105,5 +106,6 @@ def settle(position: Position, size: int, batch: int, ranks: int, drop_last: boo
         return position
     if not goes_on(anew):
         raise ValueError(f"{size} samples make no global batch of {batch} for {ranks} ranks")
-    again = Position(position.epoch, 0, position.left)
+    rest = position.stretches(position.consumed, position.length(size))
+    again = Position(position.epoch, 0, (*position.left, *rest))
     return again if position.left and goes_on(again) else anew

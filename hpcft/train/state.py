@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import pickle
@@ -362,12 +363,28 @@ class Savepoint:
             copy_.copy_(buffer)
         self._values = dict(self._state.values)
 
-    def restore(self) -> None:
-        """Bring back what was remembered, and drop the gradients."""
+    @contextlib.contextmanager
+    def brought_back(self) -> Iterator[None]:
+        """Within it buffers and values are what was remembered."""
+        buffers, values = [buffer.clone() for buffer in self._buffers], dict(self._state.values)
+        self._bring_back()
+        try:
+            yield
+        finally:
+            for buffer, copy_ in zip(self._buffers, buffers, strict=True):
+                buffer.copy_(copy_)
+            self._state.values.clear()
+            self._state.values.update(values)
+
+    def _bring_back(self) -> None:
         for copy_, buffer in zip(self._copies, self._buffers, strict=True):
             buffer.copy_(copy_)
         self._state.values.clear()
         self._state.values.update(copy.copy(self._values))
+
+    def restore(self) -> None:
+        """Bring back what was remembered, and drop the gradients."""
+        self._bring_back()
         for optimizer in self._state.optimizers():
             optimizer.zero_grad(set_to_none=True)
 

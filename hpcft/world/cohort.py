@@ -7,7 +7,9 @@ is late: a shepherd settles it (:mod:`hpcft.launch.cohorts`). It goes like this:
 
 * A rank that has its gradients for a step says so, and waits to hear of the step's cohort.
 * A rank that then finds itself outside is late. It drops its gradients and waits until it is taken
-  in: at the end of some later step one of that step's cohort, the giver, hands it the state.
+  in: at the end of the next step one of that step's cohort, the giver, hands it the state. Should
+  that step want for gradients, it is not waited for: one that has its own hands on the state that
+  the step began with, so that the late rank can make up for others.
 * When a rank has completed its last step it says so, and waits until all have; it may have to give
   its state to late ones until then.
 """
@@ -29,7 +31,7 @@ class Cohort:
 
     step: counted from 0: the number of steps completed before it.
     ranks: whose gradients make it; nobody's if that was settled before.
-    joining: late ranks that are handed the state when it is completed.
+    joining: late ranks that are handed the state as it is after the step.
     giver: by whom.
     over: all ranks have completed their last step.
     """
@@ -45,6 +47,10 @@ class Cohort:
         """From a message that has its fields, and maybe more."""
         step, giver, over = message["step"], message["giver"], message["over"]
         return cls(step, tuple(message["ranks"]), tuple(message["joining"]), giver, over)
+
+    def gives_now(self, rank: int) -> bool:
+        """Whether a rank that waits has to give its state, and nothing else is settled."""
+        return self.giver == rank and not self.ranks and not self.over
 
 
 @dataclass
@@ -81,9 +87,22 @@ class Cohorts:
         Parameters
         ----------
         failed: whether it will not be settled, as a rank has failed: then None.
+
+        Returns
+        -------
+        The cohort of this step; or, without ranks, to whom this one is to give the state that the
+        step began with: then :meth:`made` goes on.
         """
         self._say("ready", rank, step)
-        return self._hear(lambda cohort: cohort.step == step and bool(cohort.ranks), failed)
+        return self.made(rank, step, failed)
+
+    def made(self, rank: int, step: int, failed: Callable[[], bool]) -> Cohort | None:
+        """Hear who is of a step's cohort, as above."""
+
+        def concerns(cohort: Cohort) -> bool:
+            return (cohort.step == step and bool(cohort.ranks)) or cohort.gives_now(rank)
+
+        return self._hear(concerns, failed)
 
     def taken_in(self, rank: int, failed: Callable[[], bool]) -> Cohort | None:
         """This rank is late: wait until it is to be handed the state; None as above."""
@@ -99,10 +118,7 @@ class Cohorts:
         None as above.
         """
 
-        def concerns(cohort: Cohort) -> bool:
-            return cohort.over or (not cohort.ranks and cohort.giver == rank)
-
-        return self._hear(concerns, failed)
+        return self._hear(lambda cohort: cohort.over or cohort.gives_now(rank), failed)
 
     def _say(self, what: str, rank: int, step: int) -> None:
         self.send(what, epoch=self._epoch, size=self._size, logical=rank, step=step)

@@ -50,12 +50,15 @@ def test_any_delays_lead_all_ranks_to_the_last_step(
             if cohort.ranks:
                 made.append(cohort)
                 assert len(cohort.ranks) >= max(1, size - backup)
-            # The giver is at that step, or waits after the last, and so can give.
-            assert not cohort.joining or cohort.giver not in cohort.joining
             for rank in cohort.ranks:
                 assert (ranks[rank].state, ranks[rank].step) == ("ready", cohort.step)
-            if not cohort.ranks:
-                assert ranks[cohort.giver].state == "completed"
+            assert cohort.giver not in cohort.joining
+            if cohort.ranks:
+                assert cohort.giver in cohort.ranks
+            else:
+                # It waits, and has the state that is to be given.
+                assert ranks[cohort.giver].state in ("ready", "completed")
+                assert ranks[cohort.giver].step == cohort.step + 1
             for rank in cohort.joining:
                 assert ranks[rank].state == "ready"
                 assert ranks[rank].step < cohort.step + 1
@@ -75,8 +78,11 @@ def test_any_delays_lead_all_ranks_to_the_last_step(
             rank.state = "completed"
             take(settling.completed(number, rank.step), now)
         # Sooner or later patience ends.
-        if settling.enough and (not queue or chance.random() < 0.5):
-            take(settling.settle(), now)
+        if not queue or chance.random() < 0.5:
+            if settling.enough:
+                take(settling.settle(), now)
+            elif settling.wanting:
+                take(settling.recruit(), now)
     assert over
     assert [cohort.step for cohort in made] == list(range(steps))
     assert {rank.step for rank in ranks} == {steps}
@@ -106,6 +112,18 @@ def test_who_is_only_a_little_late_is_waited_for() -> None:
 
     said = asyncio.run(story())
     assert [note["ranks"] for note in said] == [(0, 1)] * 4 + [(0,)]
+
+
+def test_late_ranks_make_up_for_one_that_does_not_come() -> None:
+    settling = Settling(3, 1)
+    (first,) = [*settling.ready(0, 0), *settling.ready(2, 0), *settling.settle()]
+    assert first.ranks == (0, 2)
+    settling.ready(1, 0)
+    settling.ready(0, 1)
+    assert settling.wanting
+    assert settling.recruit() == [Cohort(0, (), (1,), 0)]
+    settling.ready(1, 1)
+    assert settling.settle() == [Cohort(1, (0, 1), (), 1)]
 
 
 def test_a_new_membership_settles_its_own_steps() -> None:

@@ -90,6 +90,7 @@ def test_what_late_ranks_did_not_bring_in_comes_again_in_the_epoch(data: st.Data
         for rank in set(range(ranks)) - taken:
             samplers[rank].load_state_dict(samplers[min(taken)].state_dict())
     assert len(set(learnt)) == len(learnt)
+    assert size - len(learnt) < (ranks * batch_size if drop_last else ranks)
     again = next(iter(samplers[0]))
     assert again
     assert {s.epoch for s in samplers} == {1}
