@@ -65,6 +65,7 @@ class Pace:
     steps: how many steps it has done.
     compute, waiting, saving: seconds.
     buckets: its steps by the bucket of their computing time.
+    late: how often its gradients came too late.
     """
 
     launch: int
@@ -75,6 +76,7 @@ class Pace:
     waiting: float
     saving: float
     buckets: Mapping[int, int]
+    late: int = 0
 
     def quantile(self, part: float) -> float:
         """The computing time that so large a part of its steps is below, in seconds."""
@@ -177,6 +179,7 @@ class _Sum:
     waiting: float = 0.0
     saving: float = 0.0
     buckets: Counter[int] = field(default_factory=Counter)
+    late: int = 0
 
 
 def _sum_process(
@@ -201,6 +204,7 @@ def _sum_process(
         total.waiting += lap.waiting
         total.saving += lap.saving
         total.buckets.update(lap.buckets)
+        total.late += lap.late
         at = max(0, bisect.bisect_right(begins, lap.began) - 1)
         if lap.rank == 0 and lap.metrics:
             kept = made.windows[at].kept if made.windows else math.inf
@@ -220,6 +224,7 @@ def _sum_process(
                 total.waiting,
                 total.saving,
                 dict(total.buckets),
+                total.late,
             )
         )
     for number, tally in tallies.items():
@@ -247,7 +252,7 @@ def _sound(lap: Lap) -> bool:
 def _add(tally: Tally, lap: Lap, window: Window) -> None:
     """The part of a lap that is in a window; its steps are taken to be of the same length."""
     # Where its last step that counts has ended.
-    done = min(max((window.kept - lap.first + 1) / lap.steps, 0.0), 1.0)
+    done = min(max((window.kept - lap.first + 1) / (lap.last - lap.first + 1), 0.0), 1.0)
     kept_until = lap.began + done * (lap.ended - lap.began)
     counts = _common(lap.began, kept_until, window)
     lost = _common(kept_until, lap.ended, window)

@@ -22,6 +22,7 @@ class RankPace:
     p5, p25, p50, p75, p95: percentiles of the computing time of a step in seconds, to 9 %.
     waiting, saving: seconds a step, in the mean.
     slow: whether one of its processes is a straggler.
+    late: how often its gradients came too late for a step.
     """
 
     rank: int
@@ -36,6 +37,7 @@ class RankPace:
     waiting: float
     saving: float
     slow: bool
+    late: int = 0
 
 
 def rank_paces(
@@ -72,6 +74,7 @@ def rank_paces(
                 waiting=sum(pace.waiting for pace in own) / steps,
                 saving=sum(pace.saving for pace in own) / steps,
                 slow=any((*one, rank) in slow for one in who),
+                late=sum(pace.late for pace in own),
             )
         )
     return made

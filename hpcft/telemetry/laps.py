@@ -56,8 +56,11 @@ class Lap:
     compute: seconds that went on neither of the following, all steps together.
     waiting: seconds inside collectives and other calls that may wait for another rank.
     saving: seconds at the end of steps, for checkpoints and for leaving in order.
-    buckets: number of steps by the :func:`bucket` of their ``compute``.
+    buckets: number of steps by the :func:`bucket` of their ``compute``, those it was late for
+        included.
     metrics: what the script has given the last step's ``state.commit``.
+    missed: steps from first to last that others have made without it.
+    late: how often its gradients came too late for the step that they were for.
     """
 
     world: int
@@ -72,10 +75,12 @@ class Lap:
     saving: float
     buckets: dict[int, int]
     metrics: dict[str, float] = field(default_factory=dict)
+    missed: int = 0
+    late: int = 0
 
     @property
     def steps(self) -> int:
-        return self.last - self.first + 1
+        return self.last - self.first + 1 - self.missed
 
 
 def append(folder: Path, laps: Iterable[Lap]) -> None:

@@ -448,6 +448,7 @@ class Job:
         """Go on where the others are, who have made steps without this rank."""
         assert self._backup is not None
         assert self._savepoint is not None
+        self._pace.late()
         self._savepoint.restore()
         if self._checkpoints:
             self._checkpoints.before_update()

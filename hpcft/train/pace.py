@@ -41,7 +41,7 @@ class Pace:
         self.begin()
 
     def _clear(self) -> None:
-        self._steps: list[int] = []
+        self._first = self._last = self._missed = self._late = 0
         self._compute = self._waiting = self._saving = 0.0
         self._buckets: Counter[int] = Counter()
         self._metrics: Mapping[str, float] = {}
@@ -52,18 +52,30 @@ class Pace:
 
     def committed(self, step: int, metrics: Mapping[str, float]) -> None:
         """The step that began last is completed; what follows belongs to its end."""
-        now = time.monotonic()
-        if not self._steps:
+        now = self._computed()
+        if not self._last:
             self._lap_began = time.time() - (now - self._began)
             self._lap_epoch = self._world.membership.epoch
+            self._first, self._last = step, step - 1
+        self._missed += step - self._last - 1
+        self._last = step
+        self._metrics = metrics
+        self._committed = now
+
+    def late(self) -> None:
+        """Others have made the step that began last, without this process."""
+        self._computed()
+        self._late += 1
+
+    def _computed(self) -> float:
+        """Note what the step that began last has taken until now, by a monotonic clock."""
+        now = time.monotonic()
         waited = self._world.progress.waited - self._waited
         compute = max(now - self._began - waited, 0.0)
-        self._steps.append(step)
         self._compute += compute
         self._waiting += waited
         self._buckets[bucket(compute)] += 1
-        self._metrics = metrics
-        self._committed = now
+        return now
 
     def ended(self) -> None:
         """And its end is over as well."""
@@ -76,13 +88,13 @@ class Pace:
     def lap(self) -> None:
         """A lap is over, for it has been long enough or another membership begins."""
         logical = self._world.logical
-        if self._steps and self._folder and logical is not None:
+        if self._last and self._folder and logical is not None:
             lap = Lap(
                 self._world.world,
                 logical,
                 self._lap_epoch,
-                self._steps[0],
-                self._steps[-1],
+                self._first,
+                self._last,
                 self._lap_began,
                 time.time(),
                 self._compute,
@@ -90,6 +102,8 @@ class Pace:
                 self._saving,
                 dict(self._buckets),
                 numbers(self._metrics),
+                self._missed,
+                self._late,
             )
             self._unwritten.append(lap)
             self._lapped(lap)

@@ -96,7 +96,12 @@ def test_a_step_is_computing_waiting_and_saving(
     pace.lap()
     clock.now += 5
     step(3, 2.0, 0.0, 0.5, loss="none")
-    step(4, 1.0, 0.0, 0.0)
+    step(4, 0.125, 0.0, 0.0)
+    # Others have made steps 5 to 7 while this rank had its gradients for the first of them.
+    pace.begin()
+    clock.now += 1.0
+    pace.late()
+    step(8, 0.25, 0.0, 0.0)
     pace.close()
     first, second, third = laps.read(tmp_path)
     assert (first.world, first.rank, first.epoch, first.first, first.last) == (2, 1, 0, 1, 2)
@@ -109,4 +114,7 @@ def test_a_step_is_computing_waiting_and_saving(
     assert first.metrics == {"loss": 2.0}
     assert (second.first, second.last, second.epoch, second.metrics) == (3, 3, 1, {})
     assert second.saving == pytest.approx(0.5)
-    assert (third.first, third.last) == (4, 4)
+    assert (third.first, third.last, third.steps) == (4, 8, 2)
+    assert (third.missed, third.late) == (3, 1)
+    assert third.compute == pytest.approx(1.375)
+    assert third.buckets == {bucket(0.125): 1, bucket(1.0): 1, bucket(0.25): 1}
