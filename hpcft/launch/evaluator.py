@@ -79,6 +79,7 @@ class Evaluator:
     async def _run(self, environ: Mapping[str, str]) -> None:
         me = asyncio.current_task()
         link, page = await Link.create(), Progress.create()
+        why = "the process that does so has ended, maybe for lack of memory"
         try:
             pid = await self._fork(environ, (link.theirs.fileno(), page.fd))
             if self._task is not me:
@@ -87,22 +88,21 @@ class Evaluator:
                 return
             self._pid = pid
             link.theirs.close()
-            async for message in link.messages():
-                if self._task is me:
-                    self._heard(message)
-        except ProcessLookupError as error:
-            if self._task is me:
-                self._failed(-1, str(error))
-        except OSError:
             # A broken pipe is how a process ends that is killed.
-            pass
+            with contextlib.suppress(OSError):
+                async for message in link.messages():
+                    if self._task is me:
+                        why = self._heard(message) or why
+        except ProcessLookupError as error:
+            why = str(error)
         finally:
             link.theirs.close()
             link.close()
             os.close(page.fd)
-            if self._task is me:
-                # It has ended by itself: what is wrong would be so again. It may have left others.
-                self._kill()
+        if self._task is me:
+            # By itself: what is wrong would be so again. It may have left others.
+            self._kill()
+            self._failed(-1, why)
 
     async def _fork(self, environ: Mapping[str, str], fds: tuple[int, int]) -> int:
         try:
@@ -114,21 +114,24 @@ class Evaluator:
             self._warm.start()
             return await self._warm.fork(environ, fds)
 
-    def _heard(self, message: Message) -> None:
+    def _heard(self, message: Message) -> str:
+        """Pass on what it has found; what it says about its own end, if it is that."""
         kind = message["kind"]
         if kind == "evaluated":
             self._found(message["step"], message["metrics"], message["seconds"])
         elif kind == "unevaluated":
             self._failed(message["step"], message["why"])
+        elif kind == "said":
+            return str(message["text"])
         elif kind == "abort":
-            self._failed(-1, message["reason"])
             # It waits to be ended.
             self._kill()
-        elif kind == "said" and message["text"]:
-            self._failed(-1, message["text"])
+            return str(message["reason"])
+        return ""
 
 
 def _kill_all_of(pid: int) -> None:
-    """Kill a process and all that it has started: it leads a group of its own."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
+    """Kill a process and all that it has started: it leads a group of its own, or is about to."""
+    for kill in (os.kill, os.killpg):
+        with contextlib.suppress(ProcessLookupError):
+            kill(pid, signal.SIGKILL)

@@ -160,8 +160,10 @@ def numbers(found: Any) -> dict[str, float]:
     HpcftError: it is something else.
     """
     if not isinstance(found, Mapping) or not found:
+        empty = found is None or isinstance(found, Mapping)
+        what = "nothing" if empty else type(found).__name__
         raise HpcftError(
-            f"evaluate returned {type(found).__name__}, and not metrics by name",
+            f"evaluate returned {what}, and not metrics by name",
             'return something like {"loss": 0.3, "accuracy": 0.9}',
         )
     try:

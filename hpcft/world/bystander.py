@@ -6,8 +6,10 @@ ends by, is no concern of the ranks': it can be killed at any moment.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hpcft.world.link import Link
@@ -37,6 +39,9 @@ def stand(link: Link, options: dict[str, Any]) -> None:
     """Be one."""
     global _present
     os.nice(_NICENESS)
+    # Where memory runs short it is this process that ends, and no rank.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
     _present = Bystander(link, options["bystander"], options)
 
 
