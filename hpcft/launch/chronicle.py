@@ -115,11 +115,12 @@ class Chronicle:
         self._say(f"hpcft: evaluated step {step}:{said}  ({seconds:.1f} s, spare {world})")
 
     def unevaluated(self, step: int, epoch: int, world: int, why: str) -> None:
-        """A checkpoint, or with -1 any, could not be evaluated beside that spare."""
+        """A checkpoint, or with -1 none any more, could be evaluated beside that spare."""
         detail = {"why": why, "world": world}
         self._note(Event("evaluation failed", max(0, step), (), epoch, detail=detail))
-        what = f"step {step} could not be evaluated" if step >= 0 else "spares evaluate nothing"
-        self._say(f"hpcft: {what}: {why}; the log of process {world} may tell more")
+        one, none = f"step {step} could not be evaluated", f"spare {world} evaluates no more"
+        said = f"{one if step >= 0 else none}: {why}"
+        self._say(f"hpcft: {said}; the log of process {world} may tell more")
 
     def _note(self, event: Event) -> None:
         with contextlib.suppress(OSError):

@@ -79,7 +79,7 @@ class Evaluator:
     async def _run(self, environ: Mapping[str, str]) -> None:
         me = asyncio.current_task()
         link, page = await Link.create(), Progress.create()
-        why = "the process that does so has ended, maybe for lack of memory"
+        why = "its process has ended, maybe for lack of memory"
         try:
             pid = await self._fork(environ, (link.theirs.fileno(), page.fd))
             if self._task is not me:

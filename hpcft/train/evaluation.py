@@ -85,6 +85,8 @@ class Evaluation:
                 continue
             except (Damaged, OSError) as error:
                 self._give_up(checkpoint, str(error))
+            except HpcftError as error:
+                self._give_up(checkpoint, error.line)
             except Exception as error:
                 traceback.print_exc()
                 self._give_up(checkpoint, f"{type(error).__name__}: {error}")
