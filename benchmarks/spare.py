@@ -1,22 +1,97 @@
-"""What a parked spare costs: processor time of its rank and of its shepherd, in percent of a core.
+"""What a spare costs, and what it costs to have it do something.
 
-python benchmarks/spare.py --spares 2 --seconds 30
+Parked, processor time of its rank and of its shepherd, in percent of a core:
+
+    python benchmarks/spare.py --spares 2 --seconds 30
+
+With --adoptions N, a rank is killed N times while its spare only waits, and N times while it is in
+the middle of an evaluation, in turns: from SIGKILL to the end of the next step, and how long an
+undisturbed step takes, in ms. Both save checkpoints.
+
+    python benchmarks/spare.py --adoptions 10 --ranks 1
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import random
+import signal
 import time
+from statistics import median
 
 import psutil
-from peers import HpcftRun, machine
+from peers import HpcftRun, machine, step_time
+
+#: Steps over which a step's length is taken.
+_STEPS = 60
 
 
 def cpu_seconds(pid: int) -> float:
     """Processor time a process has used so far."""
     times = psutil.Process(pid).cpu_times()
     return float(times.user + times.system)
+
+
+def parked(spares: int, seconds: float) -> None:
+    """Print what spares cost that only wait."""
+    with HpcftRun(1, spares, ["--params", "1e6"]) as run:
+        run.more_steps(50)
+        time.sleep(5)  # the spares try out their steps first
+        table = json.loads((run.path / "run" / "ranks.json").read_text())["ranks"]
+        waiting = [entry["pid"] for entry in table if entry["role"] == "spare"]
+        parties = {"rank": waiting, "shepherd": [psutil.Process(pid).ppid() for pid in waiting]}
+        before = {pid: cpu_seconds(pid) for pids in parties.values() for pid in pids}
+        time.sleep(seconds)
+        for name, pids in parties.items():
+            shares = [100 * (cpu_seconds(pid) - before[pid]) / seconds for pid in pids]
+            print(f"{name} of a spare: {', '.join(f'{s:.2f}' for s in shares)} % of a core")
+
+
+def adoption(ranks: int, params: float, evaluate: bool, rng: random.Random) -> tuple[float, float]:
+    """Kill a rank of a run with one spare.
+
+    Returns
+    -------
+    From the kill to the end of the next step, and an undisturbed step's length; in seconds.
+    """
+    arguments = ["--params", str(params)]
+    options = ["--ckpt-dir", "{path}/saved", "--ckpt-every", "20"]
+    if evaluate:
+        arguments += ["--evaluate", "{path}/evaluating"]
+        options += ["--spares-do", "evaluate"]
+    with HpcftRun(ranks, 1, arguments, *options) as run:
+        run.more_steps(30)
+        if evaluate:
+            run.wait_for("an evaluation", (run.path / "evaluating").exists)
+        else:
+            time.sleep(5)  # the spare tries out its steps first
+        there = len(run.stamps())
+        run.more_steps(_STEPS)
+        step = step_time(run.stamps()[there:])
+        time.sleep(rng.uniform(0, 2 * step))
+        killed = time.time()
+        os.kill(rng.choice(run.ranks())["pid"], signal.SIGKILL)
+        run.wait_for("recovery", lambda: run.events("recovered"))
+        return run.events("recovered")[0]["time"] - killed, step
+
+
+def adoptions(count: int, ranks: int, params: float, rng: random.Random) -> None:
+    """Print what it costs to adopt a spare that evaluates."""
+    found: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    for _ in range(count):
+        for evaluate, ones in found.items():
+            ones.append(adoption(ranks, params, evaluate, rng))
+    print(
+        "| the spare | adoption, median | worst | undisturbed step | kills |\n|---|---|---|---|---|"
+    )
+    for evaluate, ones in found.items():
+        totals, steps = zip(*ones, strict=True)
+        print(
+            f"| {'evaluates' if evaluate else 'waits'} | {1000 * median(totals):.1f} "
+            f"| {1000 * max(totals):.1f} | {1000 * median(steps):.1f} | {len(ones)} |"
+        )
 
 
 def main() -> None:
@@ -26,19 +101,16 @@ def main() -> None:
     )
     parser.add_argument("--spares", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=30, help="how long (default 30)")
+    parser.add_argument("--adoptions", type=int, default=0, metavar="N")
+    parser.add_argument("--ranks", type=int, default=2, help="with --adoptions (default 2)")
+    parser.add_argument("--params", type=float, default=10e6, help="with --adoptions (default 1e7)")
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     print(machine())
-    with HpcftRun(1, args.spares, ["--params", "1e6"]) as run:
-        run.more_steps(50)
-        time.sleep(5)  # the spares try out their steps first
-        table = json.loads((run.path / "run" / "ranks.json").read_text())["ranks"]
-        spares = [entry["pid"] for entry in table if entry["role"] == "spare"]
-        parties = {"rank": spares, "shepherd": [psutil.Process(pid).ppid() for pid in spares]}
-        before = {pid: cpu_seconds(pid) for pids in parties.values() for pid in pids}
-        time.sleep(args.seconds)
-        for name, pids in parties.items():
-            shares = [100 * (cpu_seconds(pid) - before[pid]) / args.seconds for pid in pids]
-            print(f"{name} of a spare: {', '.join(f'{s:.2f}' for s in shares)} % of a core")
+    if args.adoptions:
+        adoptions(args.adoptions, args.ranks, args.params, random.Random(args.seed))
+    else:
+        parked(args.spares, args.seconds)
 
 
 if __name__ == "__main__":

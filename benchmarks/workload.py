@@ -37,8 +37,12 @@ class Workload:
         width = self.model.module[0].in_features
         self._inputs = torch.randn(batch, width)
 
-    def step(self) -> None:
+    def forward(self) -> Tensor:
         loss: Tensor = self.model(self._inputs).square().mean()
+        return loss
+
+    def step(self) -> None:
+        loss = self.forward()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -70,7 +74,12 @@ def under_hpcft(args: argparse.Namespace) -> None:
             if job.rank == 0 and not job.spare:
                 stamps.add(state.step)
 
-    job.run(train, state)
+    def evaluate(state: hpcft.State) -> dict[str, float]:
+        Path(args.evaluate).touch()
+        while True:
+            workload.forward()
+
+    job.run(train, state, evaluate if args.evaluate else None)
 
 
 def under_torchrun(args: argparse.Namespace) -> None:
@@ -110,6 +119,7 @@ def main() -> None:
     parser.add_argument("--stamps", required=True)
     parser.add_argument("--save-every", type=int, default=0)
     parser.add_argument("--checkpoint", default="")
+    parser.add_argument("--evaluate", default="", help="make this file, and evaluate for ever")
     parser.add_argument("--dataset", action="store_true", help="load one before all else")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -149,7 +149,10 @@ def main() -> None:
 
     job = hpcft.init()
 
-    passages = Passages(encode(standard_library(args.text)))
+    text = encode(standard_library(args.text))
+    # The last twentieth is held out, to see how well the model does on what it has not learnt.
+    held_out = Passages(text[-max(len(text) // 20, CONTEXT + 1) :])
+    passages = Passages(text[: -len(held_out.text)])
     model = DistributedDataParallel(LanguageModel(width_for(args.params)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.steps)
@@ -172,11 +175,23 @@ def main() -> None:
                 if state.step >= args.steps:
                     break
 
-    job.run(train, state)
+    def evaluate(state: hpcft.State) -> dict[str, float]:
+        # With --spares-do evaluate a spare calls this for each new checkpoint.
+        losses = [
+            F.cross_entropy(model.module(text).flatten(0, 1), following.flatten(), reduction="sum")
+            for text, following in DataLoader(held_out, batch_size=64)
+        ]
+        loss = sum(losses).item() / (len(held_out) * CONTEXT)
+        return {"loss": loss, "perplexity": math.exp(loss)}
+
+    job.run(train, state, evaluate)
 
     if job.rank == 0:
         size = sum(p.numel() for p in model.parameters())
         model.eval()
+        with torch.no_grad():
+            loss = evaluate(state)["loss"]
+        print(f"On text it has not learnt from its loss is {loss:.3f}.")
         print(f"A model of {size:,} parameters after {state.step} steps. What it writes now:")
         print(model.module.write("def ", 120))
 

@@ -16,7 +16,8 @@ from hpcft.errors import UsageError
 #: How to say which are the best, for those who are asked to.
 BEST = (
     "the best by a metric that the script gives to state.commit(): loss means the one with the "
-    "least loss, accuracy:max:2 the two with the most accuracy"
+    "least loss, accuracy:max:2 the two with the most accuracy; validation/loss is that which a "
+    "spare has found (--spares-do evaluate)"
 )
 
 
@@ -24,7 +25,8 @@ BEST = (
 class Best:
     """Keep also the best checkpoints.
 
-    metric: one that the script gives to ``state.commit()``.
+    metric: one that the script gives to ``state.commit()``, or ``validation/`` and one that its
+        ``evaluate`` returns.
     most: whether more of it is better.
     count: how many.
     """

@@ -244,9 +244,14 @@ class Damage:
     files: list[str]
 
 
-def damage(content: Index, summed: Iterable[Summed]) -> Damage:
-    """What is wrong, from the checksums of all parts of all the user's leaves."""
-    summed, user = list(summed), leaves(content)
+def damage(content: Index, summed: Iterable[Summed], read: Sequence[int] | None = None) -> Damage:
+    """What is wrong, from the checksums of all parts of the leaves that were read.
+
+    Parameters
+    ----------
+    read: their numbers; None: all the user's.
+    """
+    summed, user = list(summed), leaves(content) if read is None else read
     sums = combine(content.specs, summed)
     bad = {i for i in user if sums[i] != content.checksums[i]}
     rows = np.flatnonzero(np.isin(content.table[:, 0], user))

@@ -109,6 +109,41 @@ def restore(
     raise AssertionError
 
 
+@paused()
+def load_some(
+    path: Path, engine: Engine, wanted: Callable[[str], bool], target: Target
+) -> tuple[int, dict[str, Any]]:
+    """Read some parts of a checkpoint, by one process; of the others nothing is read.
+
+    Parameters
+    ----------
+    wanted: whether a part is, by its name.
+    target: as for :func:`load`.
+
+    Returns
+    -------
+    (step, tree): as :func:`load`, with None for every leaf of the other parts.
+
+    Raises
+    ------
+    Damaged: something in what is wanted is not as it was written.
+    OSError: it cannot be read.
+    """
+    with opened(path) as checkpoint:
+        content = checkpoint.index
+        keys = dict(tree.places(content.structure))
+        leaves = _leaves(content, target, lambda number: wanted(str(keys[number][0])))
+        pieces = [
+            (plan.Part(i, 0, content.specs[i].nbytes), leaf.memory) for i, leaf in leaves.items()
+        ]
+        summed = reader.read_parts(checkpoint, Landing(engine), pieces)
+        bad = reader.damage(content, summed, list(leaves))
+        if bad.leaves:
+            said = reader.told(content, bad)
+            raise Damaged(f"damaged are {said}", "restore another checkpoint", bad.files)
+        return checkpoint.step, _tree(content, leaves)
+
+
 @contextmanager
 def _agreed(ranks: Ranks, path: Path) -> Iterator[None]:
     """Around what may fail in this rank: what has failed in one fails in all."""
@@ -149,11 +184,13 @@ class _Leaf:
     staged: torch.Tensor | None = None
 
 
-def _leaves(content: Index, target: Target) -> dict[int, _Leaf]:
-    """Memory for the user's leaves, by their numbers."""
+def _leaves(
+    content: Index, target: Target, wanted: Callable[[int], bool] = lambda number: True
+) -> dict[int, _Leaf]:
+    """Memory for the user's leaves that are wanted, by their numbers."""
     keys = dict(tree.places(content.structure))
     made = {}
-    for i in reader.leaves(content):
+    for i in filter(wanted, reader.leaves(content)):
         spec = content.specs[i]
         live = target(keys[i], spec) if spec.kind == "tensor" else None
         if live is None or tuple(live.shape) != spec.shape:

@@ -5,6 +5,7 @@
     step-000000000120/state.h5        a committed checkpoint, of 120 steps
     step-000000000120/shard-00003.h5  rank 3's part of it, if each rank writes a file of its own
     step-000000000120/metrics.json    what the script said of itself then, such as its loss
+    step-000000000120/evaluation.json what it was found to be worth (:mod:`hpcft.ckpt.evaluated`)
     .aside-3f2a91c0/state.h5          one being written, or left unfinished
     .old-5b07d1e4/state.h5            one no longer wanted
     .near                             there may be newer ones near the ranks
@@ -32,6 +33,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpcft.ckpt import evaluated
 from hpcft.ckpt.files import flush_directory
 from hpcft.ckpt.lock import Lock, Standing
 from hpcft.errors import HpcftError
@@ -83,7 +85,14 @@ class Checkpoint:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Metrics of its step, by name; none if the file cannot be read."""
+        """Metrics of its step, by name; none if the file cannot be read.
+
+        Those of an evaluation, if there was one, come after the others, as ``validation/<name>``.
+        """
+        return self._said | evaluated.metrics(self.path, self.step)
+
+    @property
+    def _said(self) -> dict[str, float]:
         try:
             said = json.loads((self.path / _METRICS).read_bytes())
             return {str(name): float(value) for name, value in said.items()}
@@ -139,6 +148,8 @@ class Store:
         aside = self._new(_ASIDE)
         for entry in self._named(_OLD):
             try:
+                # Before it is renamed: after that a change would look like writing (ckpt.watch).
+                (entry / evaluated.NAME).unlink(missing_ok=True)
                 entry.rename(aside)
             except OSError:
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -100,6 +101,34 @@ class Chronicle:
         detail = {"reason": reason, "newest": newest}
         self._rundir.append([Event("interrupted", step, detail=detail)])
         self._rundir.write_summary(summarise(self._rundir.events()))
+
+    def evaluated(
+        self, step: int, epoch: int, world: int, metrics: Mapping[str, float], seconds: float
+    ) -> None:
+        """A checkpoint was evaluated beside the spare that is process ``world``.
+
+        What cannot be written down, on a full disk, is said at least.
+        """
+        detail = {"metrics": dict(metrics), "seconds": seconds, "world": world}
+        self._note(Event("evaluation", step, (), epoch, detail=detail))
+        said = "".join(f"  {name} {value:.4g}" for name, value in metrics.items())
+        self._say(f"hpcft: evaluated step {step}:{said}  ({seconds:.1f} s, spare {world})")
+
+    def unevaluated(self, step: int, epoch: int, world: int, why: str) -> None:
+        """A checkpoint, or with -1 none any more, could be evaluated beside that spare."""
+        detail = {"why": why, "world": world}
+        self._note(Event("evaluation failed", max(0, step), (), epoch, detail=detail))
+        one, none = f"step {step} could not be evaluated", f"spare {world} evaluates no more"
+        said = f"{one if step >= 0 else none}: {why}"
+        self._say(f"hpcft: {said}; the log of process {world} may tell more")
+
+    def _note(self, event: Event) -> None:
+        with contextlib.suppress(OSError):
+            self._rundir.append([event])
+
+    def _say(self, text: str) -> None:
+        if self._verbose:
+            print(text, file=sys.stderr, flush=True)
 
     def _untold(
         self, deaths: Sequence[tuple[Death, float]], launched: Ranks, step: int

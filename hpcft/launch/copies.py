@@ -28,6 +28,7 @@ class Copies:
     crew: who trains.
     tiers: in which they may be saved near the rank.
     tell: sends a message to the rank.
+    idle_first: nodes where nobody trains are to keep them, if there are any.
     """
 
     def __init__(
@@ -37,12 +38,14 @@ class Copies:
         crew: Crew,
         tiers: Sequence[Tier],
         tell: Callable[[Message], None],
+        idle_first: bool = False,
     ) -> None:
         self._courier = courier
         self._fleet = fleet
         self._crew = crew
         self._tiers = tiers
         self._tell = tell
+        self._idle_first = idle_first
         self._tasks: set[asyncio.Task[None]] = set()
 
     def make(self, number: int, checkpoint: str, files: list[str]) -> None:
@@ -66,7 +69,8 @@ class Copies:
     async def _make(self, number: int, checkpoint: str, files: list[str]) -> None:
         tier, why = self._tiers[number], ""
         active = self._crew.active
-        partner = self._fleet.partner(active) if tier.copies != "none" else None
+        wanted = tier.copies != "none"
+        partner = self._fleet.partner(active, self._idle_first) if wanted else None
         members = self._fleet.parity_set(active, tier.set_size) if tier.copies == "xor" else []
         try:
             if len(members) > 1:

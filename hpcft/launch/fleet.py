@@ -270,19 +270,30 @@ class Fleet(Company):
         members = [r for i, r in enumerate(alike) if i * sets // len(alike) == which]
         return [self._peers[rank] for rank in members]
 
-    def partner(self, active: set[int]) -> Peer | None:
+    def partner(self, active: set[int], idle_first: bool = False) -> Peer | None:
         """The shepherd that keeps copies for this one: of the next node that trains, if there is
         one, else of the next; None if there is no other node.
+
+        Parameters
+        ----------
+        idle_first: rather of a node where nobody trains, if there is one; nodes that train take
+            turns with these.
         """
         standing = self.standing()
         nodes = {leader: sorted(standing & set(ranks)) for leader, ranks in self._nodes.items()}
         others = [leader for leader, ranks in nodes.items() if ranks and leader != self._leader]
-        training = [leader for leader in others if active & set(nodes[leader])]
-        ring = sorted(training or others)
-        if not ring:
-            return None
-        after = next((leader for leader in ring if leader > self._leader), ring[0])
+        training = sorted(leader for leader in nodes if active & set(nodes[leader]))
+        idle = sorted(set(others) - set(training))
         here = self._nodes[self._leader].index(self.rank)
+        if idle_first and idle and self._leader in training:
+            after = idle[training.index(self._leader) % len(idle)]
+            # Those of several nodes that come to the same one begin with different ranks there.
+            here += training.index(self._leader) // len(idle)
+        else:
+            ring = [leader for leader in training if leader != self._leader] or sorted(others)
+            if not ring:
+                return None
+            after = next((leader for leader in ring if leader > self._leader), ring[0])
         return self._peers[nodes[after][here % len(nodes[after])]]
 
     async def leave(self) -> None:

@@ -39,6 +39,10 @@ class Link:
         if not self._writer.is_closing():
             self._writer.write(json.dumps(message).encode() + b"\n")
 
+    def close(self) -> None:
+        """Neither tell nor hear anything any more."""
+        self._writer.close()
+
     async def messages(self) -> AsyncIterator[Message]:
         """What the rank says, until its end.
 

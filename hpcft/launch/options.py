@@ -17,7 +17,8 @@ from hpcft.ckpt import near
 from hpcft.ckpt.near import Copies, Tier
 from hpcft.ckpt.policy import BEST, Best, Policy, Retention
 from hpcft.errors import UsageError
-from hpcft.launch import upload
+from hpcft.launch import duties, upload
+from hpcft.launch.duties import Duty
 from hpcft.slurm import naming
 from hpcft.telemetry.address import Address
 from hpcft.telemetry.events import Echo
@@ -74,6 +75,7 @@ class RunOptions:
     min_ranks: int
     on_failure: tuple[str, ...]
     mode: Mode
+    spares_do: tuple[Duty, ...]
     run_dir: Path
     timeout_detect: float
     timeout_progress: float
@@ -140,6 +142,15 @@ def _parser() -> argparse.ArgumentParser:
         "were lost",
     )
     add("--spares", type=int, default=0, metavar="S", help="ranks parked as spares (default 0)")
+    add(
+        "--spares-do",
+        metavar="WHAT[,WHAT]",
+        help="what spares do while they wait, and drop at once when they are needed. evaluate: one "
+        "of them calls the script's job.run(..., evaluate=FUNCTION) with each new checkpoint of "
+        "--ckpt-dir, in a process of its own. copies: nodes that have only spares keep the partner "
+        "copies of --ckpt-near, so that the memory of those that train is not used for them "
+        "(default: they only wait)",
+    )
     add(
         "--min-ranks",
         type=int,
@@ -420,6 +431,7 @@ def parse(argv: list[str]) -> RunOptions:
         min_ranks=given.min_ranks,
         on_failure=ways,
         mode=_mode(given),
+        spares_do=_spares_do(given),
         run_dir=run_dir,
         timeout_detect=given.timeout_detect,
         timeout_progress=given.timeout_progress,
@@ -448,6 +460,13 @@ def _mode(given: argparse.Namespace) -> Mode:
     if backup is not None and backup < 1:
         raise UsageError(f"--backup {backup} makes no sense", "give 1 or more")
     return Mode(name, (1 if backup is None else backup) if name == "backup" else 0)
+
+
+def _spares_do(given: argparse.Namespace) -> tuple[Duty, ...]:
+    if given.spares_do is None:
+        return ()
+    near, partner = bool(given.ckpt_near), given.ckpt_near_copies == "partner"
+    return duties.parse(given.spares_do, given.spares, given.ckpt_dir is not None, near and partner)
 
 
 def _tensorboard(given: argparse.Namespace, run_dir: Path) -> Path | None:

@@ -28,6 +28,7 @@ from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hpcft.ckpt.errand import Errand
 from hpcft.ckpt.near import NearStore
 from hpcft.errors import INTERRUPTED, TooFewRanks
 from hpcft.launch.cause import Death, Ending
@@ -41,6 +42,7 @@ from hpcft.launch.courier import Courier
 from hpcft.launch.crew import Crew
 from hpcft.launch.departure import Departures
 from hpcft.launch.door import Door, Doorkeeper
+from hpcft.launch.evaluator import Evaluator
 from hpcft.launch.exporter import Exporter
 from hpcft.launch.fleet import Fleet, Listener
 from hpcft.launch.link import Link
@@ -146,6 +148,9 @@ class Shepherd:
         self._tiers = options.checkpoints.near if options.checkpoints else ()
         self._near = [NearStore(Path(tier.path)) for tier in self._tiers]
         self._courier = Courier(place.rank, self._near)
+        self._evaluator = Evaluator(warm, self._evaluated, self._unevaluated)
+        #: Whether the script has something to evaluate with, and that is wanted.
+        self._evaluates = False
         self._over = asyncio.Event()
         #: What lasts no longer than the launch.
         self._tasks: list[asyncio.Future[None]] = []
@@ -213,6 +218,7 @@ class Shepherd:
             self._tasks.append(asyncio.ensure_future(self._watch_start()))
         await self._over.wait()
         self._start_timer.cancel()
+        self._evaluator.drop()
         for task in self._tasks:
             task.cancel()
         if self._ticket:
@@ -409,6 +415,7 @@ class Shepherd:
             "min_ranks": options.min_ranks,
             "on_failure": options.on_failure,
             "mode": asdict(options.mode),
+            "spares_do": options.spares_do,
             "verbose": options.verbose,
             "warm": options.warm,
             "digest": options.digest,
@@ -454,7 +461,8 @@ class Shepherd:
         self._cohorts = Cohorts(self._options.mode.backup, fleet.proclaim)
         least = self._options.min_ranks
         self._resizing = Resizing(fleet, crew, progress, self._over.is_set, least)
-        self._copies = Copies(self._courier, fleet, crew, self._tiers, self._link.tell)
+        spread = "copies" in self._options.spares_do
+        self._copies = Copies(self._courier, fleet, crew, self._tiers, self._link.tell, spread)
         timeout = self._options.timeout_progress
         self._vigil = Vigil(
             fleet, crew, self._child, progress, timeout, self._kill_hung, self._stalled
@@ -504,6 +512,7 @@ class Shepherd:
         self._crew.active = set(message["active"])
         self._crew.epoch = message["epoch"]
         self._echo(message["logical"])
+        self._use_spare()
         self._departures.renew()
         self._resizing.consider()
 
@@ -536,10 +545,30 @@ class Shepherd:
         self._warm.learn(message["modules"])
         if self._doorkeeper:
             self._doorkeeper.open(self._warm.learnt)
+        self._evaluates = message["evaluates"] and "evaluate" in self._options.spares_do
+        self._use_spare()
+
+    def _use_spare(self) -> None:
+        """Have the rank's processor evaluate checkpoints, if the rank is a spare."""
+        if self._evaluates and self._place.rank not in self._crew.active and not self._agreed:
+            environ, options = self._relay.environ, self._rank_options()
+            self._evaluator.start(environ, options, len(self._crew.active))
+        else:
+            self._evaluator.drop()
+
+    def _evaluated(self, step: int, metrics: dict[str, float], seconds: float) -> None:
+        # In a thread: a file system that hangs must not keep the shepherd from its beats.
+        rank, epoch = self._place.rank, self._crew.epoch
+        Errand(lambda: self._chronicle.evaluated(step, epoch, rank, metrics, seconds))
+
+    def _unevaluated(self, step: int, why: str) -> None:
+        rank, epoch = self._place.rank, self._crew.epoch
+        Errand(lambda: self._chronicle.unevaluated(step, epoch, rank, why))
 
     async def _rank_agreed(self, message: Message) -> None:
         """All ranks have agreed that training is over: from now on ranks may leave."""
         self._agreed = True
+        self._evaluator.drop()
         self._handed_over = message["handed_over"]
 
     async def _rank_stays(self, message: Message) -> None:
@@ -740,6 +769,9 @@ class Shepherd:
             # Deaths from now on are the end's work, and not its cause.
             return
         if kind == "dead":
+            if rank in self._crew.active:
+                # The spare may be adopted, and needs its processor now.
+                self._evaluator.drop()
             if rank == self._place.rank:
                 self._child.kill()
             else:

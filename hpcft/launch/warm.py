@@ -51,6 +51,8 @@ class Warm:
         self._preload = list(preload)
         self._environ = dict(environ)
         self._pumps: list[threading.Thread] = []
+        #: Held from a question to its answer.
+        self._asking = asyncio.Lock()
         self.start()
 
     def log_to(self, log: Path) -> None:
@@ -125,11 +127,12 @@ class Warm:
         ProcessLookupError: the warm process has ended before that.
         """
         loop = asyncio.get_running_loop()
-        try:
-            self._ask({"environ": dict(environ), "parent": os.getpid()}, fds)
-            answer = await loop.sock_recv(self._control, 8)
-        except OSError:
-            answer = b""
+        async with self._asking:
+            try:
+                self._ask({"environ": dict(environ), "parent": os.getpid()}, fds)
+                answer = await loop.sock_recv(self._control, 8)
+            except OSError:
+                answer = b""
         if len(answer) < 8:
             raise ProcessLookupError("the warm process has ended")
         return int.from_bytes(answer, "big")
@@ -154,9 +157,10 @@ class Warm:
     async def ready(self) -> None:
         """Wait until it has imported what it was to import so far, or has ended."""
         loop = asyncio.get_running_loop()
-        with contextlib.suppress(OSError):
-            self._ask({"ready": True})
-            await loop.sock_recv(self._control, 8)
+        async with self._asking:
+            with contextlib.suppress(OSError):
+                self._ask({"ready": True})
+                await loop.sock_recv(self._control, 8)
 
     def kill(self) -> None:
         """Have nothing be forked any more."""

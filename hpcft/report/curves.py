@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from hpcft.ckpt.evaluated import PREFIX
 from hpcft.report.pace import Reading
+from hpcft.telemetry.events import Event
 
 #: A curve is drawn with about so many points, and so many curves are shown.
 _POINTS, MOST = 600, 24
@@ -27,7 +29,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric as rank 0 has given it to ``state.commit``, at the last step of each of its laps.
+    """A metric as rank 0 has given it to ``state.commit``, at the last step of each of its laps;
+    or, called ``validation/<name>``, as spares have found it of checkpoints.
 
     known: how many values there are; of each of about 600 stretches those with the least and the
         greatest are kept.
@@ -36,6 +39,25 @@ class Curve:
     name: str
     points: tuple[Point, ...]
     known: int
+
+
+def validation(events: Iterable[Event]) -> list[Reading]:
+    """What spares have found of checkpoints, by step.
+
+    Of a step that was done again, and evaluated again, what was found first does not count.
+    """
+    found = [event for event in events if event.kind == "evaluation"]
+    found.sort(key=lambda event: (event.step, event.time))
+    last = {event.step: event for event in found}
+    return [
+        Reading(
+            event.step,
+            event.time,
+            {PREFIX + name: value for name, value in event.detail["metrics"].items()},
+            event is last[event.step],
+        )
+        for event in found
+    ]
 
 
 def curves(readings: Sequence[Reading]) -> list[Curve]:

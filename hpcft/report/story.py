@@ -11,7 +11,7 @@ from typing import Any
 from hpcft import __version__
 from hpcft.report import record as records
 from hpcft.report.amounts import short
-from hpcft.report.curves import MOST, Curve, curves
+from hpcft.report.curves import MOST, Curve, curves, validation
 from hpcft.report.goodput import Goodput, goodput
 from hpcft.report.incidents import Incident, incidents
 from hpcft.report.pace import Laps, sum_up, windows
@@ -130,7 +130,8 @@ def of_record(record: Record) -> Story:
     where = goodput(spans, laps)
     found = records.traceback(record)
     facts = _facts(record, where, happened, slow)
-    all_curves = curves(laps.readings)
+    evaluations = validation(event for chapter in chapters for event in chapter.events)
+    all_curves = curves([*laps.readings, *evaluations])
     marked = {(one.launch, one.world, one.rank) for one in slow}
     return Story(
         name=record.name,

@@ -25,7 +25,8 @@ class Event:
         ``save failed``, ``save skipped``, ``restore``, ``damaged`` (one could not be restored),
         ``layout`` (of their files, and why), ``copies failed`` (one near the ranks is on no other
         node), ``unsaved`` (training has ended, and its last step could not be saved), ``occupied``
-        (another run still uses the directory), ``unlocked`` (its file system has no locks).
+        (another run still uses the directory), ``unlocked`` (its file system has no locks),
+        ``evaluation`` (what one is worth on data that is held out), ``evaluation failed``.
     step: number of steps completed when it happened.
     ranks: the logical ranks concerned.
     epoch: the membership's epoch, so that nothing of a former world is taken for the present.

@@ -108,6 +108,7 @@ class RunDirectory:
         former = set((self.path / "logs").glob("rank-*.log")) - own
         former |= set(self.laps_folder.glob("rank-*.jsonl"))
         former |= set(self.tensorboard_folder.glob("events.*"))
+        former |= set(self.tensorboard_folder.glob("validation/events.*"))
         former |= set(self.path.glob("called-off-*")) - {self._called_off_file(launch)}
         for file in (self.events_file, self.report_file, *self._replaced_files, *former):
             file.unlink(missing_ok=True)

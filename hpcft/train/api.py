@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from hpcft.train import afresh
+from hpcft.train.evaluation import Evaluation
 from hpcft.train.job import Job, OnShrink
 from hpcft.train.lasting import Lasting
+from hpcft.world.bystander import present
 from hpcft.world.script import on_interruption
 from hpcft.world.session import current
 
 _lasting: Lasting | None = None
-_job: Job | None = None
+_job: Job | Evaluation | None = None
 
 
-def init(*, seed: int = 0, on_shrink: OnShrink = "keep-lr") -> Job:
+def init(*, seed: int = 0, on_shrink: OnShrink = "keep-lr") -> Job | Evaluation:
     """Join the world and set up torch.distributed over it (backend ``hpcft``).
 
     To be called by the script, before models are wrapped; again each time the script is run anew.
@@ -32,6 +34,8 @@ def init(*, seed: int = 0, on_shrink: OnShrink = "keep-lr") -> Job:
     The job; the same one if called again.
     """
     global _lasting, _job
+    if _job is None and (bystander := present()):
+        _job = Evaluation(bystander, seed)
     if _job is None:
         _lasting = _lasting or Lasting(current())
         _job = Job(_lasting, seed, on_shrink)
@@ -42,7 +46,7 @@ def init(*, seed: int = 0, on_shrink: OnShrink = "keep-lr") -> Job:
 def _reset() -> None:
     """The script has been unwound, to be run anew."""
     global _job
-    assert _job is not None
+    assert isinstance(_job, Job)
     job, _job = _job, None
     job.leave()
     afresh.forget()

@@ -23,6 +23,7 @@ from hpcft.train.averaging import averaging_hook
 from hpcft.train.backup import Backup, Late, backup_hook
 from hpcft.train.buckets import Buckets
 from hpcft.train.checkpoints import CommRanks
+from hpcft.train.evaluation import Evaluate
 from hpcft.train.lasting import Lasting
 from hpcft.train.process_group import WorldProcessGroup, install
 from hpcft.train.sampler import ElasticBatchSampler
@@ -139,12 +140,21 @@ class Job:
         """Whether this process is a parked spare."""
         return self._world.logical is None
 
-    def run(self, train: Callable[[State], None], state: State) -> None:
+    def run(
+        self, train: Callable[[State], None], state: State, evaluate: Evaluate | None = None
+    ) -> None:
         """Train, whatever happens to the ranks.
 
         ``train(state)`` is called, and called again after every recovery; it must go on from where
         ``state`` says. This method returns in all ranks once all have returned from ``train``; on
         spares that were not needed it ends the process.
+
+        Parameters
+        ----------
+        evaluate: called with the state of each new checkpoint, its modules in eval mode and without
+            gradients, in a process beside a parked spare, if ``--spares-do evaluate`` asks for
+            that; returns metrics by name. Ranks never call it; a script may do so when this method
+            has returned.
 
         Raises
         ------
@@ -159,7 +169,10 @@ class Job:
             )
         garbage.as_usual()
         if self._world.link:
-            self._world.link.send("imported", modules=warm.libraries())
+            given = evaluate is not None
+            self._world.link.send("imported", modules=warm.libraries(), evaluates=given)
+            if not given and "evaluate" in self._options["spares_do"] and self.rank == 0:
+                self._teller.say("hpcft: --spares-do evaluate: job.run() is given no evaluate=...")
         self._bind(state)
         self.group.refuse = None
         self._warmed = not self.spare

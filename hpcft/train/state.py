@@ -229,8 +229,12 @@ class State:
 
         return cast("dict[str, Any]", pytree.tree_map(freeze, content))
 
-    def from_tree(self, step: int, content: dict[str, Any]) -> None:
+    def from_tree(self, step: int, content: dict[str, Any], optimizers: bool = True) -> None:
         """Take over what :meth:`to_tree` gave.
+
+        Parameters
+        ----------
+        optimizers: what is of optimizers as well.
 
         Raises
         ------
@@ -240,7 +244,8 @@ class State:
             theirs, ours = sorted(content.keys() - {"values"}), sorted(self.parts)
             raise ValueError(f"it holds {', '.join(theirs)}, and not {', '.join(ours)}")
         for name, part in self.parts.items():
-            _bare(part).load_state_dict(content[name])
+            if optimizers or not isinstance(part, torch.optim.Optimizer):
+                _bare(part).load_state_dict(content[name])
         self.values.clear()
         self.values.update(content["values"])
         self.step = step

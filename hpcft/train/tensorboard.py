@@ -165,10 +165,7 @@ class Board:
 
     def _begin(self, step: int) -> None:
         """A new file, from a step on."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        found = (re.match(r"events\.(\d+)\.", path.name) for path in self._folder.iterdir())
-        number = 1 + max((int(match[1]) for match in found if match), default=0)
-        self._writer = EventsWriter(str(self._folder / f"events.{number:06d}"))
+        self._writer = _next_file(self._folder)
         start = SessionLog(status=SessionLog.START)
         self._writer.write_event(Event(wall_time=time.time(), step=step, session_log=start))
 
@@ -178,3 +175,27 @@ class Board:
             # A full disk has been told of.
             with contextlib.suppress(OSError):
                 writer.close()
+
+
+def write_once(folder: Path, step: int, scalars: Mapping[str, float]) -> None:
+    """Write what is known of one step to a file of its own, which is whole when this returns.
+
+    For several processes that write now and then, and nothing that has to be taken back.
+
+    Raises
+    ------
+    OSError: it cannot be written.
+    """
+    writer = _next_file(folder)
+    for name, value in scalars.items():
+        content = summary.scalar(name, value)
+        writer.write_event(Event(wall_time=time.time(), step=step, summary=content))
+    writer.close()
+
+
+def _next_file(folder: Path) -> EventsWriter:
+    """A file of events that comes after those there are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = (re.match(r"events\.(\d+)\.", path.name) for path in folder.iterdir())
+    number = 1 + max((int(match[1]) for match in found if match), default=0)
+    return EventsWriter(str(folder / f"events.{number:06d}"))

@@ -52,6 +52,7 @@ def families(name: str, rundir: RunDirectory, tally: Tally) -> list[Metric]:
         *_ranks(make, table, summary is not None),
         *_failures(make, told["failures"], events),
         *_checkpoints(make, events),
+        *_evaluations(make, events),
         *_times(make, tally),
         *_own(make, status),
     ]
@@ -256,6 +257,25 @@ def _checkpoints(make: _Families, events: list[Event]) -> Iterator[Metric]:
             "When the newest checkpoint was committed, since 1970; its age is time() less this.",
             saved[-1].time,
         )
+
+
+def _evaluations(make: _Families, events: list[Event]) -> Iterator[Metric]:
+    found = [event for event in events if event.kind == "evaluation"]
+    if not found:
+        return
+    newest = max(found, key=lambda event: (event.step, event.time))
+    yield make.gauges(
+        "validation_metric",
+        "What a spare has found of the newest checkpoint that was evaluated, by name.",
+        ["name"],
+        {(name,): value for name, value in newest.detail["metrics"].items()},
+    )
+    yield make.gauge("last_evaluation_step", "Step of that checkpoint.", newest.step)
+    yield make.summary(
+        "evaluation_seconds",
+        "Evaluations by spares, and the time that each took.",
+        (event.detail["seconds"] for event in found),
+    )
 
 
 def _times(make: _Families, tally: Tally) -> Iterator[Metric]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import json
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ import traceback
 from typing import NoReturn
 
 from hpcft.errors import HpcftError
-from hpcft.world import garbage, script, warm
+from hpcft.world import bystander, garbage, script, warm
 from hpcft.world.link import CONTROL_FD, STACKS_SIGNAL, Link
 from hpcft.world.parent import die_with_parent
 from hpcft.world.signals import leave_to_the_shepherd
@@ -53,11 +54,15 @@ def _rank(target: list[str]) -> None:
     link.progress.live()
     code = 0
     try:
-        start_mpi()
-        # Not above, for it imports MPI, which starts it.
-        from hpcft.world.session import meet
+        options = json.loads(os.environ["HPCFT_RUN"])
+        if "bystander" in options:
+            bystander.stand(link, options)
+        else:
+            start_mpi()
+            # Not above, for it imports MPI, which starts it.
+            from hpcft.world.session import meet
 
-        meet(link)
+            meet(link)
         script.run(target)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -61,7 +61,7 @@ def _without_shepherd() -> Session:
     hosts = dict(enumerate(comm.allgather(socket.gethostname())))
     world = World(comm, None, hosts, 0, Policy(substitute=False, shrink=False))
     options = {"verbose": 1, "warm": False, "digest": False, "terminal": False}
-    return Session(world, None, options | {"initial": None, "checkpoints": None})
+    return Session(world, None, options | {"initial": None, "checkpoints": None, "spares_do": ()})
 
 
 def meet(link: Link) -> None:

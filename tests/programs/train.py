@@ -18,9 +18,23 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import hpcft
+
+
+class Sleepy(Dataset[float]):
+    """Keeps a worker of a data loader busy."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> float:
+        time.sleep(self.seconds)
+        return 0.0
 
 
 def main() -> None:
@@ -45,6 +59,7 @@ def main() -> None:
     parser.add_argument("--save-amid", action="store_true", help="where it must not be called")
     parser.add_argument("--digest-every", type=int, default=1 << 30, metavar="STEPS")
     parser.add_argument("--device", default="cpu", help="cuda: that of this process's LOCAL_RANK")
+    parser.add_argument("--evaluate", type=float, metavar="SEC", help="so long, in a worker")
     parser.add_argument("--suicide", action="append", default=[], metavar="WHEN:RANK")
     args = parser.parse_args()
 
@@ -143,8 +158,16 @@ def main() -> None:
                 if state.step >= args.steps:
                     break
 
+    def evaluate(state: hpcft.State) -> dict[str, float]:
+        assert not net.training
+        assert not torch.is_grad_enabled()
+        print(f"evaluating step {state.step} in {os.getpid()}", flush=True)
+        for _ in DataLoader(Sleepy(args.evaluate), num_workers=1 if args.evaluate else 0):
+            pass
+        return {"weight": sum(p.double().sum().item() for p in net.parameters())}
+
     die("run")
-    job.run(train, state)
+    job.run(train, state, None if args.evaluate is None else evaluate)
     die("end")
     print(f"digest {state.digest()}", flush=True)
     print(f"seen {state.seen} lr {optimizer.param_groups[0]['lr']:.8g}", flush=True)
