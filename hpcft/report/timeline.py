@@ -32,6 +32,7 @@ _MOST_MARKS = 3000
 _OF_RUN: dict[str, tuple[Kind, str]] = {
     "checkpoint": ("checkpoint", "checkpoint of step {step}"),
     "save failed": ("save failed", "step {step} could not be saved: {why}"),
+    "interval": ("checkpoint", "{why}"),
     "restore": ("restore", "went on from step {step}, from {path}"),
     "damaged": ("save failed", "the checkpoint of step {step} is no good: {why}"),
     "unsaved": ("save failed", "the last step, {step}, could not be saved"),
