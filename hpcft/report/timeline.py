@@ -22,6 +22,7 @@ Kind = Literal[
     "save failed",
     "restore",
     "slow",
+    "chaos",
     "end",
 ]
 
@@ -38,6 +39,7 @@ _OF_RUN: dict[str, tuple[Kind, str]] = {
     "unsaved": ("save failed", "the last step, {step}, could not be saved"),
     "relaunch": ("relaunch", "step {step}: all ranks were started again: {reason}"),
     "resize": ("resize", "step {step}: all ranks were launched anew: {reason}"),
+    "chaos": ("chaos", "hpcft chaos at step {step}: {order}, {who}"),
     "finish": ("end", "finished at step {step}"),
     "interrupted": ("end", "interrupted at step {step}: {reason}"),
     "failed": ("end", "failed at step {step}: {reason}"),

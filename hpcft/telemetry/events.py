@@ -26,7 +26,8 @@ class Event:
         ``layout`` (of their files, and why), ``interval`` (from here on so often, and why),
         ``copies failed`` (one near the ranks is on no other node), ``unsaved`` (training has ended,
         and its last step could not be saved), ``occupied`` (another run still uses the directory),
-        ``unlocked`` (its file system has no locks).
+        ``unlocked`` (its file system has no locks); and ``chaos`` (`hpcft chaos` has harmed the
+        run, or what it did is over).
     step: number of steps completed when it happened.
     ranks: the logical ranks concerned.
     epoch: the membership's epoch, so that nothing of a former world is taken for the present.
