@@ -56,6 +56,7 @@ class Tier:
     """Checkpoints near the ranks, as the user wants them.
 
     every: steps, or seconds if ``timed``, between them.
+    longest: as of :class:`hpcft.ckpt.policy.Policy`.
     path: of this run's, the same on all nodes.
     copies: ``partner``: another node has a copy of each file; ``xor``: sets of nodes have parity.
     set_size: nodes of such a set.
@@ -66,6 +67,7 @@ class Tier:
     path: str
     copies: Copies = "partner"
     set_size: int = 8
+    longest: float | None = None
 
 
 def place(base: str, directory: str, environ: Mapping[str, str] = os.environ) -> str:

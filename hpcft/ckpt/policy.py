@@ -90,6 +90,7 @@ class Policy:
 
     directory: where checkpoints go.
     every: steps, or seconds if ``timed``, between them.
+    longest: that is so at first, and then what costs least, up to so many seconds; None: always.
     retention: which are kept.
     memory: bytes of staging memory a rank.
     bandwidth: bytes a second a rank writes at most; 0 is no limit.
@@ -109,6 +110,7 @@ class Policy:
     timeout: float
     layout: Choice = "auto"
     near: tuple[Tier, ...] = ()
+    longest: float | None = None
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Policy:

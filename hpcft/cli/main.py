@@ -9,6 +9,7 @@ from types import ModuleType
 
 from hpcft import __version__, run
 from hpcft.cli import (
+    chaos,
     ckpt,
     doctor,
     join,
@@ -50,6 +51,7 @@ _COMMANDS: dict[str, ModuleType] = {
     "join": join,
     "leave": leave,
     "stop": stop,
+    "chaos": chaos,
     "ckpt": ckpt,
 }
 

@@ -51,6 +51,8 @@ in the run directory: summary.json, events.jsonl, ranks.json and logs/.
 
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
+#: With ``auto``: seconds to the first saves, by which their cost becomes known, and at most.
+_FIRST, _LONGEST = 10.0, 3600.0
 _SIZES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -222,8 +224,10 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--ckpt-every",
         default="10m",
-        metavar="TIME|STEPS",
-        help="between checkpoints: 30s, 10m, 1h, or a number of steps (default 10m)",
+        metavar="TIME|STEPS|auto",
+        help="between checkpoints: 30s, 10m, 1h, or a number of steps; auto: what costs least, by "
+        "what a save is measured to cost this training and by how often a failure has needed one, "
+        "adjusted as that becomes known, and at most 1h, or TIME with auto:TIME (default 10m)",
     )
     add("--ckpt-keep", type=int, default=3, metavar="K", help="keep the newest K (default 3)")
     add(
@@ -270,11 +274,12 @@ def _parser() -> argparse.ArgumentParser:
         "--ckpt-near",
         action="append",
         default=[],
-        metavar="TIME|STEPS[:DIR]",
-        help="besides, so often, keep the state in the nodes' memory: each rank's part on its own "
-        "node, with a copy on another, so that most restores need no file; that takes twice the "
-        "memory of the state, and four times as much while it is renewed. With DIR on the nodes' "
-        "own disks, there. May be given more than once (default: not)",
+        metavar="TIME|STEPS|auto[:DIR]",
+        help="besides, so often (auto: as for --ckpt-every), keep the state in the nodes' memory: "
+        "each rank's part on its own node, with a copy on another, so that most restores need no "
+        "file; that takes twice the memory of the state, and four times as much while it is "
+        "renewed. With DIR on the nodes' own disks, there. May be given more than once (default: "
+        "not)",
     )
     add(
         "--ckpt-near-copies",
@@ -522,7 +527,7 @@ def _checkpoints(given: argparse.Namespace) -> Policy | None:
                 "--ckpt-near is for the time between checkpoints", "give --ckpt-dir as well"
             )
         return None
-    every, timed = _interval("--ckpt-every", given.ckpt_every)
+    every, timed, longest = _ckpt_every(given.ckpt_every)
     naming.require_own("--ckpt-dir", given.ckpt_dir, os.environ)
     directory = str(naming.expand("--ckpt-dir", given.ckpt_dir, os.environ).absolute())
     memory = size("--ckpt-memory", given.ckpt_memory)
@@ -544,7 +549,19 @@ def _checkpoints(given: argparse.Namespace) -> Policy | None:
         _ckpt_timeout(given.ckpt_timeout, given.timeout_progress),
         given.ckpt_layout,
         tuple(_tier(text, directory, given.ckpt_near_copies) for text in given.ckpt_near),
+        longest,
     )
+
+
+def _ckpt_every(text: str) -> tuple[float, bool, float | None]:
+    """``10m``, ``500``, ``auto``, ``auto:4h``: the (first) interval, if timed, the longest."""
+    auto, colon, most = text.partition(":")
+    if auto != "auto":
+        return *_interval("--ckpt-every", text), None
+    longest, timed = _interval("--ckpt-every auto:", most) if colon else (_LONGEST, True)
+    if not timed:
+        raise UsageError(f"--ckpt-every {text!r} has no time", "give something like auto:4h")
+    return min(_FIRST, longest), True, longest
 
 
 def _tier(text: str, directory: str, redundancy: str) -> Tier:
@@ -561,10 +578,12 @@ def _tier(text: str, directory: str, redundancy: str) -> Tier:
             f"--ckpt-near {text!r} names no place that is the same on all nodes",
             "give the directory from / on",
         )
-    every, timed = _interval("--ckpt-near", often)
+    auto = often == "auto"
+    every, timed = (_FIRST, True) if auto else _interval("--ckpt-near", often)
     path = near.place(base or near.MEMORY, directory)
     copies: Copies = "xor" if found[2] else "partner" if found[1] == "partner" else "none"
-    return Tier(every, timed, path, copies, int(found[3] or 8))
+    longest = _LONGEST if auto else None
+    return Tier(every, timed, path, copies, int(found[3] or 8), longest)
 
 
 def _ckpt_timeout(given: float | None, progress: float) -> float:
@@ -590,7 +609,7 @@ def _interval(option: str, text: str) -> tuple[float, bool]:
     if not 0 < number < float("inf"):
         raise UsageError(
             f"{option} {text!r} is neither a time nor a number of steps",
-            "give something like 30s, 10m, 1h or 100",
+            "give something like 30s, 10m, 1h or 100, or auto",
         )
     return number, timed
 

@@ -201,6 +201,9 @@ def _facts(
         if event.kind in ("restore", "checkpoint", "resume", "relaunch", "resize"):
             break
     saved = [event.step for event in events if event.kind == "checkpoint"]
+    chosen = {
+        e.detail.get("tier"): str(e.detail.get("why")) for e in events if e.kind == "interval"
+    }
     # Of the first chapter there is: those after it are told as incidents.
     restarts = starts[-1].detail.get("restarts", 0) if starts else 0
     return Facts(
@@ -217,6 +220,7 @@ def _facts(
         where,
         happened,
         slow,
+        tuple(chosen.values()),
     )
 
 

@@ -22,6 +22,7 @@ Kind = Literal[
     "save failed",
     "restore",
     "slow",
+    "chaos",
     "end",
 ]
 
@@ -32,11 +33,13 @@ _MOST_MARKS = 3000
 _OF_RUN: dict[str, tuple[Kind, str]] = {
     "checkpoint": ("checkpoint", "checkpoint of step {step}"),
     "save failed": ("save failed", "step {step} could not be saved: {why}"),
+    "interval": ("checkpoint", "{why}"),
     "restore": ("restore", "went on from step {step}, from {path}"),
     "damaged": ("save failed", "the checkpoint of step {step} is no good: {why}"),
     "unsaved": ("save failed", "the last step, {step}, could not be saved"),
     "relaunch": ("relaunch", "step {step}: all ranks were started again: {reason}"),
     "resize": ("resize", "step {step}: all ranks were launched anew: {reason}"),
+    "chaos": ("chaos", "hpcft chaos at step {step}: {order}, {who}"),
     "finish": ("end", "finished at step {step}"),
     "interrupted": ("end", "interrupted at step {step}: {reason}"),
     "failed": ("end", "failed at step {step}: {reason}"),

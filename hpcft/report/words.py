@@ -53,6 +53,7 @@ class Facts:
     restored: the step that the run was taken up at by its first start; None if there was none.
     restarts: by Slurm, before this run directory and those beside it.
     newest: step of the newest checkpoint; None if there is none.
+    intervals: why checkpoints were made so often at last, by tier, where the run has chosen that.
     """
 
     state: str
@@ -68,6 +69,7 @@ class Facts:
     goodput: Goodput
     incidents: Sequence[Incident]
     stragglers: Sequence[Straggler]
+    intervals: Sequence[str] = ()
 
 
 def told(facts: Facts) -> list[str]:
@@ -76,6 +78,7 @@ def told(facts: Facts) -> list[str]:
     said += _failures(facts)
     said += _others(facts)
     said += _cost(facts)
+    said += [f"How often to save was found out: {why}." for why in facts.intervals]
     return said
 
 

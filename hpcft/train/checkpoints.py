@@ -27,6 +27,7 @@ from hpcft.ckpt.save import Save, SaveFailed, Saver
 from hpcft.ckpt.scattered import Scattered
 from hpcft.ckpt.store import STATE, Checkpoint, Store, shard
 from hpcft.errors import HpcftError
+from hpcft.train.rhythm import FILES, Past, Rhythm
 from hpcft.train.series import After, Hooks, Series
 from hpcft.train.state import State, dump
 from hpcft.train.state import load as undump
@@ -123,6 +124,7 @@ class Near:
     ----------
     number: of the tier, as the shepherds count them.
     link: to the shepherd, which has copies made on another node; None if there is none.
+    past: what has been so far.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class Near:
         link: Link | None,
         report: Report,
         waiting: Callable[[], AbstractContextManager[None]],
+        past: Past,
     ) -> None:
         self.store = NearStore(Path(tier.path))
         self._number = number
@@ -147,7 +150,10 @@ class Near:
         hooks = Hooks(
             _nothing, self._written, self._failed, _nothing, waiting, self._after, self._beginning
         )
-        self.series = Series(self._saver, tier.every, tier.timed, policy.overlap, hooks)
+        #: In the history.
+        self.name = f"near {number}"
+        rhythm = _rhythm(self.name, tier, past, report)
+        self.series = Series(self._saver, tier.every, tier.timed, policy.overlap, hooks, rhythm)
 
     def _written(self, save: Save) -> None:
         """Have copies made of what this rank has written."""
@@ -205,6 +211,7 @@ class Checkpoints:
     report: told, in rank 0, what has happened: kind, step, detail; also from another thread.
     waiting: is entered around what may wait for other ranks.
     link: to the shepherd, if there is one.
+    nodes: how many train.
 
     Attributes
     ----------
@@ -218,6 +225,7 @@ class Checkpoints:
         report: Report,
         waiting: Callable[[], AbstractContextManager[None]],
         link: Link | None,
+        nodes: Callable[[], int] = lambda: 1,
     ) -> None:
         self._policy = policy
         self._lock = lock
@@ -227,9 +235,13 @@ class Checkpoints:
         engine = Engine(policy.memory, bandwidth=policy.bandwidth, niceness=_NICENESS)
         self._saver = Saver(self._store, Alone(), engine, policy.timeout, policy.layout)
         hooks = Hooks(self._committed, _nothing, self._failed, self._skipped, waiting)
-        self._series = Series(self._saver, policy.every, policy.timed, policy.overlap, hooks)
+        self._past = Past(self._store.path, nodes)
+        rhythm = _rhythm(FILES, policy, self._past, report)
+        self._series = Series(
+            self._saver, policy.every, policy.timed, policy.overlap, hooks, rhythm
+        )
         self._near = [
-            Near(number, tier, policy, link, report, waiting)
+            Near(number, tier, policy, link, report, waiting, self._past)
             for number, tier in enumerate(policy.near)
         ]
         self._layout: tuple[str, str] | None = None
@@ -241,6 +253,11 @@ class Checkpoints:
     def _all(self) -> list[Series]:
         """The nearest first, for it is the fastest."""
         return [*(near.series for near in self._near), self._series]
+
+    @property
+    def _adapts(self) -> bool:
+        """Whether some tier's interval is found out in the run."""
+        return any(series.rhythm for series in self._all)
 
     # -- the lock ------------------------------------------------------------------------------
 
@@ -313,6 +330,7 @@ class Checkpoints:
             else:
                 self._series.step = step
             if ranks.rank == 0:
+                self._past.restored(source.near.name if source.near else FILES)
                 self._report("restore", step, {"path": source.where})
             return source.where
         if count := sum(source.near is None for source in sources):
@@ -323,6 +341,7 @@ class Checkpoints:
         # What was near the ranks went with nodes before anything was committed.
         for near in self._near:
             near.store.forget(-1)
+        self._past.restored(FILES)
         return None
 
     def _sources(self, ranks: CommRanks) -> list[_Source]:
@@ -348,6 +367,8 @@ class Checkpoints:
 
     def _committed_ones(self) -> tuple[list[Checkpoint], bool]:
         self._store.sweep(keep=1)
+        if self._adapts:
+            self._past.read()
         return self._store.committed(), self._store.has_near
 
     def _read(
@@ -426,6 +447,13 @@ class Checkpoints:
             # Some copies may have gone with a node.
             near.series.attach(ranks, state.step, soon=True)
         self._series.attach(ranks, state.step, soon=False)
+        # In memory, in all ranks that train; if there is but one it goes with the node.
+        elsewhere = int(ranks.size > 1 and not state.sharded())
+        for number, series in enumerate(self._all):
+            if series.rhythm:
+                series.rhythm.nearer = elsewhere + number
+        if self._adapts and ranks.rank == 0:
+            self._note(self._past.trains)
 
     def drop(self) -> None:
         """Give up checkpoints that are not yet on their way into the store."""
@@ -484,6 +512,8 @@ class Checkpoints:
                 self._report("unsaved", state.step, {"newest": self.newest})
             if self._link:
                 self._link.send("unsaved")
+        elif self._adapts and self._saver.ranks.rank == 0:
+            self._note(self._past.ends)
         if self._saver.ranks.rank == 0 and not self._saver.hangs:
             # What it cannot remove now the next start will.
             with contextlib.suppress(OSError):
@@ -520,7 +550,15 @@ class Checkpoints:
             series = self._near[0].series
         series.finish(state)
         newest: int = self._saver.ranks.share(series.step)
+        if newest == state.step and self._adapts and self._saver.ranks.rank == 0:
+            self._note(self._past.ends)
         return newest == state.step
+
+    def _note(self, write: Callable[[], None]) -> None:
+        # What is not written down is estimated less well the next time.
+        with contextlib.suppress(OSError):
+            if not self._saver.hangs:
+                self._saver.send(write)
 
     def _committed(self, checkpoint: Checkpoint, seconds: float) -> None:
         if self._link:
@@ -532,6 +570,7 @@ class Checkpoints:
             self._report("layout", checkpoint.step, {"layout": layout, "why": why})
         # Should that fail, the next commit tries again; this one is done.
         with contextlib.suppress(OSError):
+            self._past.write()
             for old in self._policy.retention.surplus(self._store.committed()):
                 self._store.discard(old)
 
@@ -556,6 +595,13 @@ class _Source:
     where: str
     found: Checkpoint | Scattered
     near: Near | None = None
+
+
+def _rhythm(name: str, tier: Tier | Policy, past: Past, report: Report) -> Rhythm | None:
+    """That of a tier whose interval is found out in the run; None if the user has said it."""
+    if tier.longest is None:
+        return None
+    return Rhythm(name, tier.every, tier.longest, past, report)
 
 
 def _nothing(*_: object) -> None:

@@ -41,5 +41,9 @@ class Lasting:
             run = f"the run in {session.options['run_dir']}"
             lock = Lock(Path(policy.directory), run, session.key)
             report, waiting = self.teller.checkpoint, world.progress.waiting
-            self.checkpoints = Checkpoints(policy, lock, report, waiting, world.link)
+
+            def nodes() -> int:
+                return len({world.hosts[process] for process in world.membership.active})
+
+            self.checkpoints = Checkpoints(policy, lock, report, waiting, world.link, nodes)
         world.restorable = self.checkpoints is not None

@@ -12,6 +12,7 @@ from hpcft.ckpt._engine import Engine
 from hpcft.ckpt.ranks import Ranks
 from hpcft.ckpt.save import Save, SaveFailed, Saver
 from hpcft.ckpt.store import Checkpoint
+from hpcft.train.rhythm import Rhythm
 from hpcft.train.state import State
 
 #: Steps by which the time of a step is measured.
@@ -65,6 +66,7 @@ class Series:
     saver: makes them.
     every: steps, or seconds if ``timed``, between them.
     overlap: copy the state while the next step's forward and backward pass run.
+    rhythm: says the seconds between them in place of ``every``; None if they stay the same.
 
     Attributes
     ----------
@@ -72,7 +74,13 @@ class Series:
     """
 
     def __init__(
-        self, saver: Saver, every: float, timed: bool, overlap: bool, hooks: Hooks
+        self,
+        saver: Saver,
+        every: float,
+        timed: bool,
+        overlap: bool,
+        hooks: Hooks,
+        rhythm: Rhythm | None = None,
     ) -> None:
         self.step = -1
         self._saver = saver
@@ -80,6 +88,7 @@ class Series:
         self._timed = timed
         self._overlap = overlap
         self._hooks = hooks
+        self.rhythm = rhythm
         self._save: Save | None = None
         self._measured_from = (0, 0.0)
         self._next: int | None = None
@@ -114,6 +123,8 @@ class Series:
         self._measured_from = (step, time.monotonic())
         self._next = step + 1 if soon else None
         self._seen = step
+        if self.rhythm:
+            self.rhythm.meter.restart()
 
     def drop(self) -> None:
         """Give up a checkpoint that is not yet on its way into the store."""
@@ -125,7 +136,10 @@ class Series:
     def wait_copied(self) -> None:
         """Wait until the state may be changed by what this thread does next."""
         if self._save:
+            began = time.monotonic()
             self._save.wait_copied(in_order=True)
+            if self.rhythm:
+                self.rhythm.meter.copied(time.monotonic() - began)
 
     def edge(self, state: State, metrics: Mapping[str, float]) -> None:
         """A step is complete, in all ranks: look after the save under way, begin one if it is time.
@@ -138,6 +152,7 @@ class Series:
         ------
         MPI.Exception: a rank has failed.
         """
+        began, before = time.monotonic(), self._save
         self._metrics = dict(metrics)
         with self._hooks.waiting():
             try:
@@ -153,6 +168,8 @@ class Series:
             except SaveFailed as error:
                 self._failed(state.step, error)
         self._collect()
+        if self.rhythm:
+            self.rhythm.meter.edge(began, before, self._save)
 
     def save(self, state: State, overlap: bool) -> None:
         """The script asks for a save; collective, between two steps.
@@ -168,6 +185,8 @@ class Series:
                 self._begin(state, overlap)
         except SaveFailed as error:
             self._failed(state.step, error)
+        if self.rhythm:
+            self.rhythm.meter.restart()
 
     def finish(self, state: State) -> None:
         """Save where training has come to, and wait until all is committed; collective.
@@ -225,6 +244,8 @@ class Series:
     def _failed(self, step: int, error: SaveFailed) -> None:
         self._save = None
         self._asked = False
+        if self.rhythm:
+            self.rhythm.meter.restart()
         self._hooks.failed(step, error)
 
     def _asked_anew(self) -> bool:
@@ -251,15 +272,19 @@ class Series:
         return False
 
     def _schedule(self, step: int, seconds: float) -> None:
-        seconds = self._ranks.share(seconds)
-        self._next = step + max(1, round(self._every / max(seconds, 1e-9)))
+        every = self._every
+        if self.rhythm and self._ranks.rank == 0:
+            every = self.rhythm.every(step)
+        self._next = step + self._ranks.share(max(1, round(every / max(seconds, 1e-9))))
         self._measured_from = (step, time.monotonic())
 
     def _free(self, step: int) -> bool:
         """Whether a save can begin; if not, that is said."""
         why = self._hindrance()
         if why:
-            self._hooks.skipped(step, why)
+            # What a save takes is not known before the first is through.
+            if not (self.rhythm and self._save):
+                self._hooks.skipped(step, why)
             if self._timed:
                 self._next = step + 1
         return not why

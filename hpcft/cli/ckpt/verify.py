@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpcft.cli.ckpt import targets
 from hpcft.cli.output import bar, print_json, say
+
+if TYPE_CHECKING:
+    from hpcft.ckpt._engine import Engine
 
 SUMMARY = "read checkpoints and check every checksum"
 
@@ -21,25 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do it; return the exit code: 1 if something is damaged."""
     from hpcft.ckpt._engine import Engine
-    from hpcft.ckpt.index import Damaged
-    from hpcft.ckpt.reader import leaves, opened, read, told
 
     engine = Engine(targets.MEMORY)
     failed = False
     for file in [file for target in args.checkpoint for file in targets.files(target)]:
-        said: dict[str, Any] = {"path": str(file), "ok": True, "damaged": [], "files": []}
-        where = ""
-        try:
-            with opened(file) as found, bar(str(file), not args.json) as advance:
-                total = sum(found.index.specs[i].nbytes for i in leaves(found.index))
-                watch = _watched(advance, total)
-                bad = read(found, engine, lambda _: None, watch)
-                said |= {"damaged": bad.leaves, "files": bad.files}
-                where = told(found.index, bad)
-                said["step"] = found.step
-        except (Damaged, OSError) as error:
-            said |= {"ok": False, "why": str(error).removeprefix(f"{file}: ")}
-        said["ok"] = said["ok"] and not said["damaged"]
+        said, where = examine(file, engine, not args.json)
         failed = failed or not said["ok"]
         if args.json:
             print_json([said])
@@ -48,6 +37,32 @@ def run(args: argparse.Namespace) -> int:
         else:
             say(f"DAMAGED: {file}: {said.get('why') or where}")
     return int(failed)
+
+
+def examine(file: Path, engine: Engine, shown: bool) -> tuple[dict[str, Any], str]:
+    """Whether a checkpoint is good, for scripts; and where it is damaged, for people.
+
+    Parameters
+    ----------
+    shown: how far it is, at a terminal.
+    """
+    from hpcft.ckpt.index import Damaged
+    from hpcft.ckpt.reader import leaves, opened, read, told
+
+    said: dict[str, Any] = {"path": str(file), "ok": True, "damaged": [], "files": []}
+    where = ""
+    try:
+        with opened(file) as found, bar(str(file), shown) as advance:
+            total = sum(found.index.specs[i].nbytes for i in leaves(found.index))
+            watch = _watched(advance, total)
+            bad = read(found, engine, lambda _: None, watch)
+            said |= {"damaged": bad.leaves, "files": bad.files}
+            where = told(found.index, bad)
+            said["step"] = found.step
+    except (Damaged, OSError) as error:
+        said |= {"ok": False, "why": str(error).removeprefix(f"{file}: ")}
+    said["ok"] = said["ok"] and not said["damaged"]
+    return said, where
 
 
 def _watched(advance: Callable[[int, int], None], total: int) -> Callable[[Any], None]:
