@@ -74,6 +74,7 @@ class RunOptions:
     min_ranks: int
     on_failure: tuple[str, ...]
     mode: Mode
+    replace_stragglers: bool
     run_dir: Path
     timeout_detect: float
     timeout_progress: float
@@ -167,6 +168,14 @@ def _parser() -> argparse.ArgumentParser:
         help="with --mode backup, which it stands for as well: the first gradients make a step, of "
         "all ranks but B; who is late drops its own, and goes on with the others at the next step "
         "(default 1)",
+    )
+    add(
+        "--replace-stragglers",
+        action="store_true",
+        help="have a rank that computes lastingly longer than the others change places with a "
+        "spare, at the end of a step; nothing is lost. It waits as a spare, and is trusted again "
+        "when it has become as fast as the others; at most one such change a minute. Needs "
+        "--spares (default: stragglers are reported, and stay)",
     )
     add(
         "--max-relaunch",
@@ -410,6 +419,7 @@ def parse(argv: list[str]) -> RunOptions:
     preload = tuple(name for names in given.preload for name in names.split(","))
     _check_preload(preload, home(["-m", *target] if given.module else target))
     run_dir = _run_dir(given.run_dir)
+    mode = _mode(given)
     return RunOptions(
         argv=tuple(argv),
         target=tuple(target),
@@ -419,7 +429,8 @@ def parse(argv: list[str]) -> RunOptions:
         spares=given.spares,
         min_ranks=given.min_ranks,
         on_failure=ways,
-        mode=_mode(given),
+        mode=mode,
+        replace_stragglers=_replace_stragglers(given, ways, mode),
         run_dir=run_dir,
         timeout_detect=given.timeout_detect,
         timeout_progress=given.timeout_progress,
@@ -448,6 +459,26 @@ def _mode(given: argparse.Namespace) -> Mode:
     if backup is not None and backup < 1:
         raise UsageError(f"--backup {backup} makes no sense", "give 1 or more")
     return Mode(name, (1 if backup is None else backup) if name == "backup" else 0)
+
+
+def _replace_stragglers(given: argparse.Namespace, ways: tuple[str, ...], mode: Mode) -> bool:
+    wanted: bool = given.replace_stragglers
+    if wanted and not given.spares:
+        raise UsageError(
+            "--replace-stragglers has nobody to replace them with", "give --spares 1 or more"
+        )
+    if wanted and "substitute" not in ways:
+        raise UsageError(
+            "--replace-stragglers is for spares that may take a rank's place",
+            "leave substitute in --on-failure",
+        )
+    if wanted and mode.name != "sync":
+        raise UsageError(
+            f"--replace-stragglers is not for --mode {mode.name}, in which a slow rank holds up "
+            "nobody",
+            "leave one of them away",
+        )
+    return wanted
 
 
 def _tensorboard(given: argparse.Namespace, run_dir: Path) -> Path | None:
