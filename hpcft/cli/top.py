@@ -35,7 +35,8 @@ became of it, and every rank.
 
 {RUN}
 What a rank does (computing, waiting for others, recovering, parked, stopped) is seen of those on
-this host; nobody is disturbed by it.
+this host; nobody is disturbed by it. A rank is slow that computes lastingly longer than the others;
+who waits for it is not.
 """
 
 #: Failures shown, and lines that are not ranks.
@@ -125,7 +126,7 @@ def _ranks(view: View) -> Table:
         [
             Column("rank", ["" if rank.logical is None else str(rank.logical) for rank in shown]),
             Column("role", [rank.role for rank in shown]),
-            Column("state", [rank.state for rank in shown]),
+            Column("state", [_state(rank) for rank in shown]),
             Column("step", ["" if rank.step is None else str(rank.step) for rank in shown], 1),
             Column("host", [rank.host for rank in shown], 2),
             Column("pid", ["" if rank.pid is None else str(rank.pid) for rank in shown], 4),
@@ -138,4 +139,9 @@ def _ranks(view: View) -> Table:
 
 
 def _unusual(rank: Rank) -> bool:
-    return rank.state in ("", "computing", "waiting", "parked")
+    return rank.slow is None and rank.state in ("", "computing", "waiting", "parked")
+
+
+def _state(rank: Rank) -> str:
+    slow = "" if rank.slow is None else f"slow, {rank.slow:.2g} times as long as others"
+    return "; ".join(part for part in (rank.state, slow) if part)

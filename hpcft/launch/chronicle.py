@@ -7,8 +7,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hpcft.ckpt.errand import Errand
 from hpcft.ckpt.near import NearStore, step_of
 from hpcft.launch.cause import Death
+from hpcft.launch.options import at_terminal
 from hpcft.telemetry.events import Event, Times
 from hpcft.telemetry.events import failure as failure_event
 from hpcft.telemetry.rundir import RunDirectory
@@ -49,6 +51,18 @@ class Chronicle:
         detail = {"reason": reason, "hosts": sorted({*hosts.values()})}
         again = Event("relaunch", step, tuple(range(len(hosts))), detail=detail)
         self._rundir.append([*self._untold(deaths, launched, step), again])
+
+    def note(self, event: Event, text: str) -> None:
+        """Something was found out while the ranks train; they and the shepherds wait for no file.
+
+        Parameters
+        ----------
+        text: the same for people.
+        """
+        Errand(lambda: self._rundir.append([event]))
+        if self._verbose:
+            clear = "\r\x1b[K" if at_terminal() else ""
+            print(f"{clear}hpcft: {text}", file=sys.stderr, flush=True)
 
     def resized(self, reason: str, step: int, hosts: Mapping[int, str]) -> None:
         """The ranks have left to be as many as there are ``hosts``."""

@@ -128,9 +128,10 @@ class Company:
         raise NotImplementedError
 
     def _note(self, fact: Message) -> bool:
-        """Whether a fact is new."""
+        """Whether a fact is new; one with a serial number replaces those of lower ones."""
         key = (fact["fact"], fact["rank"])
-        if key in self._facts:
+        known = self._facts.get(key)
+        if known is not None and fact.get("serial", 0) <= known.get("serial", 0):
             return False
         self._facts[key] = fact
         return True

@@ -7,7 +7,7 @@ from collections.abc import Callable, Set
 from hpcft.launch.channel import Message
 from hpcft.launch.company import Company
 from hpcft.launch.crew import Crew
-from hpcft.world.departure import LEAVE, RESIZE
+from hpcft.world.departure import LEAVE, REPLACE, RESIZE, replacing
 
 
 class Settling:
@@ -38,7 +38,7 @@ class Settling:
 
 
 class Departures:
-    """A shepherd's part in both: for the run to end, and for it to be resized.
+    """A shepherd's part in all: for the run to end, to be resized, or slow ranks to step down.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ class Departures:
         self._company = company
         self._crew = crew
         self._tell = tell
-        self._settlings = {purpose: Settling() for purpose in (LEAVE, RESIZE)}
+        self._settlings = {purpose: Settling() for purpose in (LEAVE, RESIZE, REPLACE)}
 
     def ask(self, purpose: str) -> None:
         """All are to leave: have the rank say how far it is, if it trains."""
@@ -61,6 +61,13 @@ class Departures:
             reason = fact["reason"]
             message = {"kind": "leave", "purpose": purpose, "reason": reason, "durable": durable}
             self._tell(message)
+
+    def have_replaced(self) -> None:
+        """Slow ranks are to step down, if they are of the present membership."""
+        epoch = self._crew.epoch
+        fact = self._company.said(replacing(epoch)).get(0)
+        if fact and self._company.rank in self._crew.active:
+            self._tell({"kind": "replace", "epoch": epoch, "worlds": fact["worlds"]})
 
     def answered(self, purpose: str, epoch: int, step: int) -> None:
         """The rank says how far it is: let everybody know."""
@@ -74,10 +81,12 @@ class Departures:
 
     def renew(self) -> None:
         """Others train now, and settle a step of their own."""
-        for purpose in self._settlings:
+        for purpose in (LEAVE, RESIZE):
             if self._company.known(purpose):
                 self.ask(purpose)
                 self._settle(purpose)
+        self.have_replaced()
+        self._settle(REPLACE)
 
     def _settle(self, purpose: str) -> None:
         epoch = self._crew.epoch

@@ -12,8 +12,8 @@ The death of a leader is the loss of its node. On a single node, where that woul
 all, every shepherd is connected to every other, and nobody depends on the leader.
 
 Facts (a rank is dead, a rank is done, the run is over) are flooded: who learns a new one passes it
-on to every connection but the one it came from. Facts only accumulate, so order and repetition do
-not matter::
+on to every connection but the one it came from. Facts only accumulate, or replace their like of a
+lower serial number, so order and repetition do not matter::
 
     suspect L  a leader: it suspects node L, whose leader is L
     lost       a node's leader: the node is dead or cut off; its ranks are dead with it
@@ -28,6 +28,10 @@ not matter::
     parted     a guest: it is gone
     retire     a rank: it is not to be of the next launch
     stuck N    a rank: it waits in a collective and nothing has moved for long, for the Nth time
+    pace       a rank: how long its steps take it, of late; renewed, see :data:`NOTES`
+    slow       a rank: it is slower than the others, or no longer; renewed
+    probed     a rank that was slow, a spare now: how long a step takes it; renewed
+    replace E  in epoch E the ranks that are slow are to step down; of no rank in particular
     over       a rank: the ranks cannot go on, but might be started again
     end        a rank: it wants the whole run to end now
     bye        a shepherd: it knows that all is over and is about to leave
@@ -67,6 +71,11 @@ from hpcft.launch.channel import (
 from hpcft.launch.company import GUESTS, Company, Peer
 from hpcft.launch.place import Place
 from hpcft.launch.quorum import Quorum
+
+#: Facts that come all the time, and are not worth a flood: one that is lost is soon replaced. They
+#: go once to everybody: to one's leader, from there to the other leaders, and from these to their
+#: nodes.
+NOTES = ("pace",)
 
 
 class Listener:
@@ -376,8 +385,10 @@ class Fleet(Company):
     def _learn(self, fact: Message, origin: Connection | None) -> None:
         if not self._note(fact):
             return
-        for connection in self._connections.values():
-            if connection is not origin:
+        for peer, connection in self._connections.items():
+            if connection is not origin and (
+                fact["fact"] not in NOTES or self._carries(origin, peer)
+            ):
                 connection.send(fact)
         if fact["fact"] == "lost":
             if self._quorum:
@@ -387,6 +398,15 @@ class Fleet(Company):
         elif fact["fact"].startswith("suspect"):
             self._learn_suspicion(fact)
         self.on_fact(fact)
+
+    def _carries(self, origin: Connection | None, peer: int) -> bool:
+        """Whether a note that comes from there is for this shepherd to pass on to that one."""
+        if peer >= GUESTS:
+            return False
+        if origin is None:
+            return True
+        from_leader = origin.peer in self._nodes
+        return self._leads and not self._alone and (not from_leader or peer not in self._nodes)
 
     def _suspect(self, detail: Message) -> None:
         self.announce(f"suspect {detail['leader']}", self.rank, **detail)

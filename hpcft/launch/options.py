@@ -78,6 +78,7 @@ class RunOptions:
     on_failure: tuple[str, ...]
     mode: Mode
     spares_do: tuple[Duty, ...]
+    replace_stragglers: bool
     run_dir: Path
     timeout_detect: float
     timeout_progress: float
@@ -180,6 +181,14 @@ def _parser() -> argparse.ArgumentParser:
         help="with --mode backup, which it stands for as well: the first gradients make a step, of "
         "all ranks but B; who is late drops its own, and goes on with the others at the next step "
         "(default 1)",
+    )
+    add(
+        "--replace-stragglers",
+        action="store_true",
+        help="have a rank that computes lastingly longer than the others change places with a "
+        "spare, at the end of a step; nothing is lost. It waits as a spare, and is trusted again "
+        "when it has become as fast as the others; at most one such change a minute. Needs "
+        "--spares (default: stragglers are reported, and stay)",
     )
     add(
         "--max-relaunch",
@@ -426,6 +435,7 @@ def parse(argv: list[str]) -> RunOptions:
     preload = tuple(name for names in given.preload for name in names.split(","))
     _check_preload(preload, home(["-m", *target] if given.module else target))
     run_dir = _run_dir(given.run_dir)
+    mode = _mode(given)
     return RunOptions(
         argv=tuple(argv),
         target=tuple(target),
@@ -435,8 +445,9 @@ def parse(argv: list[str]) -> RunOptions:
         spares=given.spares,
         min_ranks=given.min_ranks,
         on_failure=ways,
-        mode=_mode(given),
+        mode=mode,
         spares_do=_spares_do(given),
+        replace_stragglers=_replace_stragglers(given, ways, mode),
         run_dir=run_dir,
         timeout_detect=given.timeout_detect,
         timeout_progress=given.timeout_progress,
@@ -472,6 +483,26 @@ def _spares_do(given: argparse.Namespace) -> tuple[Duty, ...]:
         return ()
     near, partner = bool(given.ckpt_near), given.ckpt_near_copies == "partner"
     return duties.parse(given.spares_do, given.spares, given.ckpt_dir is not None, near and partner)
+
+
+def _replace_stragglers(given: argparse.Namespace, ways: tuple[str, ...], mode: Mode) -> bool:
+    wanted: bool = given.replace_stragglers
+    if wanted and not given.spares:
+        raise UsageError(
+            "--replace-stragglers has nobody to replace them with", "give --spares 1 or more"
+        )
+    if wanted and "substitute" not in ways:
+        raise UsageError(
+            "--replace-stragglers is for spares that may take a rank's place",
+            "leave substitute in --on-failure",
+        )
+    if wanted and mode.name != "sync":
+        raise UsageError(
+            f"--replace-stragglers is not for --mode {mode.name}, in which a slow rank holds up "
+            "nobody",
+            "leave one of them away",
+        )
+    return wanted
 
 
 def _tensorboard(given: argparse.Namespace, run_dir: Path) -> Path | None:

@@ -56,10 +56,11 @@ from hpcft.launch.resizing import Resizing
 from hpcft.launch.scheduler import Scheduler, retire_drained
 from hpcft.launch.siblings import Siblings
 from hpcft.launch.signals import ENDS, WARNINGS, Meaning, Signals
+from hpcft.launch.stragglers import Stragglers
 from hpcft.launch.upload import Upload
 from hpcft.launch.vigil import Vigil
 from hpcft.launch.warm import Warm
-from hpcft.world.departure import LEAVE, RESIZE, STAYS
+from hpcft.world.departure import LEAVE, REPLACE, RESIZE, STAYS
 from hpcft.world.progress import Progress
 
 #: Seconds a fenced shepherd waits to hear from the others.
@@ -229,6 +230,7 @@ class Shepherd:
         await self._await_reaping()
         if self.fleet:
             self._copies.cancel()
+            self._stragglers.cancel()
         self._courier.close()
         # Nobody waits for it but who leaves.
         self._leaving = asyncio.ensure_future(self._relay.close())
@@ -461,6 +463,9 @@ class Shepherd:
         self._cohorts = Cohorts(self._options.mode.backup, fleet.proclaim)
         least = self._options.min_ranks
         self._resizing = Resizing(fleet, crew, progress, self._over.is_set, least)
+        self._stragglers = Stragglers(
+            fleet, crew, self._chronicle, self._link.tell, self._options.replace_stragglers
+        )
         spread = "copies" in self._options.spares_do
         self._copies = Copies(self._courier, fleet, crew, self._tiers, self._link.tell, spread)
         timeout = self._options.timeout_progress
@@ -515,6 +520,15 @@ class Shepherd:
         self._use_spare()
         self._departures.renew()
         self._resizing.consider()
+        self._stragglers.renew()
+
+    async def _rank_lap(self, message: Message) -> None:
+        """The rank says how its last steps have taken it."""
+        self._stragglers.lapped(message)
+
+    async def _rank_probed(self, message: Message) -> None:
+        """The rank, a spare that was slow, has tried how long a step takes it."""
+        self._stragglers.probed(message["seconds"])
 
     async def _rank_at(self, message: Message) -> None:
         """The rank was asked to leave, and says how far it is."""
@@ -795,6 +809,12 @@ class Shepherd:
             self._resizing.consider()
         elif kind.startswith("at "):
             self._departures.heard(fact)
+        elif kind.startswith(f"{REPLACE} "):
+            # Else the rank cannot be told yet.
+            if self.fleet:
+                self._departures.have_replaced()
+        elif kind in ("pace", "slow", "probed"):
+            self._stragglers.heard(fact)
         elif kind == "done":
             self.outcome.ended(rank, Ending(fact["code"], fact["cause"]))
         elif kind in ("end", "over"):

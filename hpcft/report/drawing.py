@@ -359,7 +359,8 @@ def boxes(ranks: Sequence[RankPace]) -> Boxes:
             f"computes {short(rank.p50)} in the median, half of the steps from {low} to {high}, "
             f"nine of ten from {short(rank.p5)} to {short(rank.p95)}\n"
             f"waits {short(rank.waiting)} and saves {short(rank.saving)} a step, in the mean"
-            + f"\nits gradients came too late {rank.late} times" * bool(rank.late)
+            + f"\nits gradients came too late {rank.late} times"
+            * bool(rank.late)
         )
         rows.append(
             Box(

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from hpcft.report.amounts import count
+from hpcft.report.amounts import count, short
 from hpcft.report.record import Chapter
 from hpcft.telemetry.events import Event
 
-Kind = Literal["failure", "spare failure", "relaunch", "resize", "restart", "checkpoint", "end"]
+Kind = Literal[
+    "failure", "spare failure", "relaunch", "resize", "restart", "checkpoint", "straggler", "end"
+]
 
 #: Events of checkpoints that somebody should know of, and what they say.
 _TROUBLE = {
@@ -82,6 +84,8 @@ def _of_chapter(events: Sequence[Event], launch: int, found: list[Incident]) -> 
             kind: Kind = "spare failure" if spare else "failure"
             cause = str(detail.get("cause") or "unknown")
             found.append(Incident(kind, event.time, event.step, launch, _who(event), cause))
+        elif event.kind in ("straggler", "straggler over", "replaced"):
+            _of_straggler(event, launch, found)
         elif event.kind in ("resume", "recovered"):
             _healed(event, failed.get(event.epoch, []), found)
         elif event.kind in ("relaunch", "resize"):
@@ -119,6 +123,28 @@ def _who(event: Event) -> str:
     if event.ranks:
         return f"rank {event.ranks[0]} (process {world} on {host})"
     return f"spare {world} on {host}"
+
+
+def _of_straggler(event: Event, launch: int, found: list[Incident]) -> None:
+    """It is found, or is no longer one, or has been replaced."""
+    detail = event.detail
+    if event.kind == "straggler":
+        compute, others = (float(detail.get(key) or 0) for key in ("compute_s", "others_s"))
+        cause = f"computes {short(compute)} in a step, the others {short(others)}"
+        who = _who(event)
+        found.append(Incident("straggler", event.time, event.step, launch, who, cause))
+        return
+    slow = detail.get("slow_world" if event.kind == "replaced" else "world", "?")
+    then = "as fast as the others again"
+    if event.kind == "replaced":
+        place = f"process {detail.get('world', '?')} on {detail.get('host', '?')}"
+        then = f"became a spare at step {event.step}, {place} took over"
+    for index in reversed(range(len(found))):
+        one = found[index]
+        if one.kind == "straggler" and f"process {slow} " in one.who and one.launch == launch:
+            after = f"{one.then}; {then}" if one.then else then
+            found[index] = replace(one, then=after)
+            break
 
 
 def _healed(event: Event, indices: Sequence[int], found: list[Incident]) -> None:

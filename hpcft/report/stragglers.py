@@ -11,16 +11,10 @@ from dataclasses import dataclass
 from statistics import median_low
 
 from hpcft.report.pace import Pace
+from hpcft.telemetry.outliers import compare
 
 #: Steps that a process must have done to be judged.
 _STEPS = 20
-#: Of a normal distribution the standard deviation, in median absolute deviations.
-_SIGMA = 1.4826
-#: How many standard deviations from the median are far; and how many per cent are much. Both are
-#: asked for: ranks that are all alike would differ by many of no size.
-_FAR, _MUCH = 3.5, 0.2
-#: The least that is taken for a deviation, as a part of the median: what buckets are exact to.
-_BLUR = 0.05
 
 
 @dataclass(frozen=True)
@@ -52,38 +46,29 @@ class Straggler:
 
 
 def stragglers(paces: Sequence[Pace]) -> list[Straggler]:
-    """Find them, launch by launch, the slowest first.
-
-    The median absolute deviation is not moved by the stragglers themselves, as long as they are
-    not the most. Of an even number the lower median is taken, so that of two ranks the faster is
-    the measure.
-    """
+    """Find them, launch by launch, the slowest first."""
     found: list[Straggler] = []
     for launch in sorted({pace.launch for pace in paces}):
         judged = [pace for pace in paces if pace.launch == launch and pace.steps >= _STEPS]
         if len({pace.rank for pace in judged}) < 2:
             continue
-        medians = [pace.quantile(0.5) for pace in judged]
-        middle = median_low(medians)
-        deviation = median_low(abs(median - middle) for median in medians)
-        waits = [pace.waiting / pace.steps for pace in judged]
-        sigma = max(_SIGMA * deviation, _BLUR * middle)
-        for pace, median in zip(judged, medians, strict=True):
-            score = (median - middle) / sigma if sigma else 0.0
-            if score > _FAR and median > (1 + _MUCH) * middle:
+        standings = compare({n: pace.quantile(0.5) for n, pace in enumerate(judged)})
+        waits = median_low(pace.waiting / pace.steps for pace in judged)
+        for pace, standing in zip(judged, standings.values(), strict=True):
+            if standing.far:
                 found.append(
                     Straggler(
                         pace.launch,
                         pace.world,
                         pace.rank,
                         pace.steps,
-                        median,
-                        middle,
-                        deviation,
-                        score,
+                        standing.value,
+                        standing.others,
+                        standing.deviation,
+                        standing.score,
                         pace.waiting / pace.steps,
-                        median_low(waits),
-                        median - middle,
+                        waits,
+                        standing.value - standing.others,
                     )
                 )
     return sorted(found, key=lambda slow: -slow.score)

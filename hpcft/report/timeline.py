@@ -143,6 +143,14 @@ class _World:
             self._active[logical] = world
         self._enter(world, ("rank", logical), time)
 
+    def swap(self, logical: int, world: int, time: float) -> None:
+        """A spare takes the place of a process that becomes a spare."""
+        former = self._active[logical] if logical < len(self._active) else None
+        self.adopt(logical, world, time)
+        if former is not None:
+            self.leave(former, time)
+            self._enter(former, ("spare", former), time)
+
     def shrink(self, dropped: Iterable[int], time: float) -> None:
         """Those that are left are numbered anew."""
         gone = set(dropped)
@@ -209,6 +217,19 @@ def _take(event: Event, world: _World, run: list[Mark]) -> None:
         world.adopt(event.ranks[0], process, event.time)
         text = f"step {event.step}: process {process} on {detail.get('host', '?')} took over"
         world.row(("rank", event.ranks[0])).marks.append(Mark("adoption", event.time, text))
+    elif kind == "straggler" and event.ranks:
+        factor = detail.get("factor", "?")
+        text = f"process {detail.get('world')} is slow: computes {factor} times as long as others"
+        key = ("rank", event.ranks[0])
+        world.row(key).marks.append(Mark("slow", event.time, f"step {event.step}: {text}"))
+    elif kind == "replaced" and event.ranks and isinstance(detail.get("world"), int):
+        world.swap(event.ranks[0], detail["world"], event.time)
+        text = (
+            f"process {detail.get('slow_world', '?')} was slow and became a spare; "
+            f"process {detail['world']} on {detail.get('host', '?')} took over"
+        )
+        key = ("rank", event.ranks[0])
+        world.row(key).marks.append(Mark("adoption", event.time, f"step {event.step}: {text}"))
     elif kind == "shrink":
         world.shrink(event.ranks, event.time)
         sizes = f"from {detail.get('from', '?')} ranks to {detail.get('to', '?')}"

@@ -152,6 +152,9 @@ def times(number: int) -> str:
 def _others(facts: Facts) -> list[str]:
     said = []
     kinds = Counter(one.kind for one in facts.incidents)
+    swapped = sum("became a spare" in one.then for one in facts.incidents)
+    if swapped:
+        said.append(f"A slow rank changed places with a spare {times(swapped)}.")
     lost = sum(one.lost_steps or 0 for one in facts.incidents if one.kind == "relaunch")
     if relaunches := kinds["relaunch"]:
         went_back = f", which lost {count(lost, 'step')}" if lost else ""

@@ -20,6 +20,9 @@ class Event:
     kind: ``start``, ``failure``, ``detection``, ``adoption``, ``shrink``, ``resume``,
         ``recovered`` (the first step after a resume is done), ``relaunch`` (all ranks have ended,
         and are started again), ``resize`` (all have left, to go on as more or fewer), ``finish``,
+        ``straggler`` (a process is lastingly slower than the others, with the evidence),
+        ``straggler over``, ``replaced`` (it has changed places with a spare),
+        ``shares`` (the batch is shared out anew, by speed),
         ``failed`` or ``interrupted`` (asked to end, all have saved and left), ``requeue`` (whether
         Slurm starts the job again, and why not); of checkpoints ``checkpoint`` (one is committed),
         ``save failed``, ``save skipped``, ``restore``, ``damaged`` (one could not be restored),
@@ -97,6 +100,19 @@ def size_at(events: Sequence[Event], step: int) -> int | None:
             stretches[-1] = event.step, stretches[-1][1]
         starting = starting and event.kind not in ("resume", "restore", "checkpoint")
     return next((size for begun, size in reversed(stretches) if begun < step), None)
+
+
+def slow_now(events: Sequence[Event]) -> dict[int, Event]:
+    """Who is slower than the others at the end of these events, by world rank: the evidence."""
+    slow: dict[int, Event] = {}
+    for event in events:
+        if event.kind in ("start", "relaunch", "resize"):
+            slow = {}
+        elif event.kind == "straggler":
+            slow[event.detail["world"]] = event
+        elif event.kind in ("straggler over", "failure"):
+            slow.pop(event.detail["world"], None)
+    return slow
 
 
 @dataclass(frozen=True)

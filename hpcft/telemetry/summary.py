@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from hpcft.telemetry.events import Event
 
 #: How a run ended, by the kind of its last event.
 _ENDS = {"finish": "ok", "interrupted": "interrupted", "failed": "failed"}
+
+
+#: What is told of a straggler, and of one that has changed places with a spare.
+_EVIDENCE = ("world", "host", "compute_s", "others_s", "factor")
+_REPLACED = ("world", "host", "slow_world", "slow_host", "seconds")
+
+
+def _about(event: Event, names: Sequence[str]) -> dict[str, Any]:
+    detail = {name: event.detail.get(name) for name in names}
+    return {"step": event.step, "ranks": list(event.ranks), **detail}
 
 
 def summarise(events: list[Event]) -> dict[str, Any]:
@@ -72,6 +83,8 @@ def summarise(events: list[Event]) -> dict[str, Any]:
         "restored_step": next((e.step for e in events if e.kind == "restore"), None),
         "checkpoints": [e.step for e in events if e.kind == "checkpoint"],
         "failures": failures,
+        "stragglers": [_about(e, _EVIDENCE) for e in events if e.kind == "straggler"],
+        "replacements": [_about(e, _REPLACED) for e in events if e.kind == "replaced"],
         "relaunches": anew["relaunch"],
         "resizes": anew["resize"],
         "params_sha256": end.detail.get("params_sha256") if end else None,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from hpcft.ckpt.lock import Lock
 from hpcft.ckpt.policy import Policy
+from hpcft.telemetry.laps import Lap
 from hpcft.telemetry.rundir import RunDirectory
 from hpcft.train.checkpoints import Checkpoints
 from hpcft.train.pace import Pace
@@ -33,7 +35,7 @@ class Lasting:
         self.teller = Teller(session)
         run_dir = session.options.get("run_dir")
         laps = RunDirectory(Path(run_dir)).laps_folder if run_dir else None
-        self.pace = Pace(laps, session.world, self.teller.lapped)
+        self.pace = Pace(laps, session.world, self._lapped)
         self.repetition = Repetition(session.world)
         world, self.checkpoints = session.world, None
         if wanted := session.options["checkpoints"]:
@@ -47,3 +49,8 @@ class Lasting:
 
             self.checkpoints = Checkpoints(policy, lock, report, waiting, world.link, nodes)
         world.restorable = self.checkpoints is not None
+
+    def _lapped(self, lap: Lap) -> None:
+        self.teller.lapped(lap)
+        if link := self.session.world.link:
+            link.send("lap", **asdict(replace(lap, metrics={})))

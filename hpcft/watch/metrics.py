@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from hpcft.ckpt.errand import Errand
-from hpcft.telemetry.events import Event
+from hpcft.telemetry.events import Event, slow_now
 from hpcft.telemetry.laps import Tally
 from hpcft.telemetry.rundir import RunDirectory
 from hpcft.telemetry.summary import summarise
@@ -51,6 +51,7 @@ def families(name: str, rundir: RunDirectory, tally: Tally) -> list[Metric]:
         *_progress(make, status, events, summary, tally),
         *_ranks(make, table, summary is not None),
         *_failures(make, told["failures"], events),
+        *_stragglers(make, events, summary is not None),
         *_checkpoints(make, events),
         *_evaluations(make, events),
         *_times(make, tally),
@@ -191,6 +192,24 @@ def _ranks(make: _Families, table: list[dict[str, Any]], ended: bool) -> Iterato
     roles = Counter(entry["role"] for entry in table if not ended)
     yield make.gauge("ranks_training", "Ranks that train.", roles["active"])
     yield make.gauge("spares_left", "Spares that wait.", roles["spare"])
+
+
+def _stragglers(make: _Families, events: list[Event], ended: bool) -> Iterator[Metric]:
+    slow = {} if ended else slow_now(events)
+    yield make.gauges(
+        "process_slow",
+        "Of each process that computes lastingly longer than the others, how many times as long; "
+        "spares that were slow included.",
+        ["process", "host"],
+        {
+            (str(world), str(event.detail["host"])): event.detail["factor"]
+            for world, event in slow.items()
+        },
+    )
+    kinds = Counter(event.kind for event in events)
+    yield make.counter("stragglers", "Times a process was found slow.", kinds["straggler"])
+    text = "Times a slow process has changed places with a spare."
+    yield make.counter("replacements", text, kinds["replaced"])
 
 
 def _failures(

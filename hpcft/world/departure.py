@@ -13,6 +13,10 @@ A rank that has ended step k without waiting had not been asked before, and so s
 nobody is beyond the step that is settled. The answers come from threads, also of ranks that wait
 for others in a collective: so nobody waits for long, and not for each other. A failure meanwhile
 leads to a new membership, which settles a step of its own.
+
+In the same way is settled at which step slow ranks change places with spares; but that is for one
+membership only, and nobody leaves: all come to the next membership as after a failure
+(:mod:`hpcft.world.recovery`), in which those that are to step down say so.
 """
 
 from __future__ import annotations
@@ -26,10 +30,17 @@ from hpcft.world.progress import Progress
 #: What all are to leave for: the end of the run, or a launch with more ranks or fewer. The facts by
 #: which the shepherds let each other know are called so, too.
 LEAVE, RESIZE = "leave", "resize"
+#: And what all pause for at the end of a step: that slow ranks change places with spares.
+REPLACE = "replace"
 #: The fact that the second has come to nothing.
 STAYS = "stays"
 #: Seconds between two looks at whether something has failed.
 _LOOK = 0.01
+
+
+def replacing(epoch: int) -> str:
+    """The fact that in the membership of this epoch slow ranks are to step down."""
+    return f"{REPLACE} {epoch}"
 
 
 class Departure:
@@ -113,8 +124,36 @@ class Departure:
         self._send(*((epoch, self._progress.completed) if epoch is not None else (0, -1)))
 
 
+class Replacement(Departure):
+    """One rank's part in a replacement.
+
+    Attributes
+    ----------
+    worlds: world ranks that are to step down.
+    """
+
+    def __init__(self, progress: Progress, send: Callable[[int, int], None]) -> None:
+        super().__init__(progress, send)
+        self.worlds: frozenset[int] = frozenset()
+        #: The epoch it is for.
+        self._wanted = -1
+
+    def want(self, epoch: int, worlds: frozenset[int]) -> None:
+        """These are to step down, in this epoch; from the link's thread."""
+        with self._condition:
+            self._wanted, self.worlds = epoch, worlds
+            self.ask("")
+
+    def begin(self, epoch: int) -> None:
+        with self._condition:
+            if self._wanted != epoch:
+                # That was another membership's.
+                self.forget()
+            super().begin(epoch)
+
+
 class Departures:
-    """One rank's part in both.
+    """One rank's part in all of them.
 
     Parameters
     ----------
@@ -125,12 +164,18 @@ class Departures:
     ----------
     end: for the end of the run.
     resize: for a launch with more ranks or fewer.
+    replacement: for slow ranks to change places with spares.
     """
 
     def __init__(self, progress: Progress, send: Callable[[str, int, int], None]) -> None:
         self.end = Departure(progress, partial(send, LEAVE))
         self.resize = Departure(progress, partial(send, RESIZE))
-        self._by_purpose = {LEAVE: self.end, RESIZE: self.resize}
+        self.replacement = Replacement(progress, partial(send, REPLACE))
+        self._by_purpose: dict[str, Departure] = {
+            LEAVE: self.end,
+            RESIZE: self.resize,
+            REPLACE: self.replacement,
+        }
 
     def of(self, purpose: str) -> Departure:
         """The one for this purpose."""

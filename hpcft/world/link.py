@@ -52,7 +52,8 @@ class Link:
     ``news`` is set whenever a failure has become known; who waits on it clears it. ``copied`` has
     the names of the checkpoints of which the shepherd has made copies on another node, with why it
     could not, if so. ``departures`` knows whether all are to leave, ``cohorts`` whose gradients
-    make a step.
+    make a step. ``slow`` tells whether this process is slower than the others, and ``probe`` is set
+    when, as a spare, it is to find out.
     """
 
     def __init__(self, sock: socket.socket, progress: Progress) -> None:
@@ -60,6 +61,8 @@ class Link:
         self._reader = sock.makefile("r")
         self._lock = threading.Lock()
         self.progress = progress
+        self.slow = False
+        self.probe = threading.Event()
         self.news = threading.Event()
         self.failures: dict[int, Failure] = {}
         self.copied: dict[str, str] = {}
@@ -141,6 +144,17 @@ class Link:
                 if message["kind"] == "leave":
                     departure = self.departures.of(message["purpose"])
                     departure.ask(message["reason"], message["durable"])
+                    continue
+                if message["kind"] == "replace":
+                    worlds = frozenset(message["worlds"])
+                    self.departures.replacement.want(message["epoch"], worlds)
+                    continue
+                if message["kind"] == "slow":
+                    self.slow = message["slow"]
+                    continue
+                if message["kind"] == "probe":
+                    self.probe.set()
+                    self.news.set()
                     continue
                 if message["kind"] == "until":
                     departure = self.departures.of(message["purpose"])

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
+
+import pytest
 
 from hpcft.launch.cause import Death
-from hpcft.launch.channel import Message
+from hpcft.launch.channel import Connection, Message
 from hpcft.launch.fleet import Fleet, Listener
 from hpcft.launch.place import Place
 
@@ -13,12 +17,20 @@ SECRET = b"secret"
 
 
 async def _pair() -> list[Fleet]:
-    listeners = [Listener("127.0.0.1") for _ in range(2)]
+    return await _connected(["a", "a"], lambda rank, fact: None)
+
+
+async def _connected(nodes: list[str], heard: Callable[[int, Message], None]) -> list[Fleet]:
+    """A shepherd on each of these nodes; of all facts that are new to one, ``heard`` is told."""
+    listeners = [Listener("127.0.0.1") for _ in nodes]
     peers = [
-        listener.peer(Place(rank, 2, "a", "a", "127.0.0.1"))
-        for rank, listener in enumerate(listeners)
+        listener.peer(Place(rank, len(nodes), node, node, "127.0.0.1"))
+        for rank, (listener, node) in enumerate(zip(listeners, nodes, strict=True))
     ]
-    fleets = [Fleet(rank, peers, 30.0, *[lambda _: None] * 4) for rank in range(2)]
+    fleets = [
+        Fleet(rank, peers, 30.0, partial(heard, rank), *[lambda _: None] * 3)
+        for rank in range(len(nodes))
+    ]
     await asyncio.gather(*(f.join(ls, SECRET) for f, ls in zip(fleets, listeners, strict=True)))
     return fleets
 
@@ -75,3 +87,45 @@ def test_notes_get_from_any_shepherd_to_the_settler_and_back_to_all() -> None:
 
     for nodes in ("aaaa", "aabb", "abc", "abbca"):
         asyncio.run(story(nodes))
+
+
+@pytest.mark.parametrize("nodes", [["a"] * 4, ["a", "a", "b", "b", "b", "c"]])
+def test_notes_come_to_everybody_once_and_the_newest_stays(
+    nodes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+    send = Connection.send
+
+    def counted(connection: Connection, message: Message) -> None:
+        if message.get("fact") == "pace":
+            sent.append(message["serial"])
+        send(connection, message)
+
+    monkeypatch.setattr(Connection, "send", counted)
+    size = len(nodes)
+
+    async def story() -> None:
+        heard: list[tuple[int, int]] = []
+        told = asyncio.Event()
+
+        def hear(rank: int, fact: Message) -> None:
+            if fact["fact"] == "pace":
+                heard.append((rank, fact["serial"]))
+                told.set()
+
+        fleets = await _connected(nodes, hear)
+        for serial in (1, 2, 3):
+            fleets[1].announce("pace", 1, serial=serial, compute=float(serial))
+            while len(heard) < size * serial:
+                told.clear()
+                await told.wait()
+        # What comes late changes nothing.
+        fleets[0]._learn({"fact": "pace", "rank": 1, "serial": 2, "compute": 0.0}, None)
+        assert sorted(heard) == [(rank, serial) for rank in range(size) for serial in (1, 2, 3)]
+        for fleet in fleets:
+            assert fleet.said("pace")[1]["compute"] == 3.0
+            fleet.announce("end", 0, serial=9)
+        await asyncio.gather(*(fleet.leave() for fleet in fleets))
+
+    asyncio.run(asyncio.wait_for(story(), 30))
+    assert sorted(sent) == sorted([1, 2, 3] * (size - 1))

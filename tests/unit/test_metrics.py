@@ -53,6 +53,8 @@ def rundir(tmp_path: Path) -> RunDirectory:
             Event("resume", 20, (0, 1), 1, 1012, {**resume, "phases": {}}),
             Event("recovered", 21, (), 1, 1013, {"stall_s": 2.5}),
             failure(25, 1, None, 3, "n3", "killed by SIGKILL", times),
+            Event("straggler", 25, (1,), 1, 1014, {"world": 1, "host": "n4", "factor": 2.5}),
+            Event("replaced", 25, (1,), 2, 1015, {"world": 3, "slow_world": 1}),
             Event("relaunch", 25, (0, 1), detail={"reason": "all failed"}),
         ]
     )
@@ -104,6 +106,8 @@ def test_all_there_is_to_say(rundir: RunDirectory, capsys: pytest.CaptureFixture
         "hpcft_stall_seconds_count": 1,
         "hpcft_stall_seconds_sum": 2.5,
         "hpcft_lost_steps_total": 3,
+        "hpcft_stragglers_total": 1,
+        "hpcft_replacements_total": 1,
         "hpcft_relaunches_total": 1,
         "hpcft_resizes_total": 0,
         "hpcft_checkpoints_total result=committed": 2,

@@ -56,6 +56,8 @@ def test_a_run_without_failures_is_told_in_full() -> None:
         "restored_step": None,
         "checkpoints": [],
         "failures": [],
+        "stragglers": [],
+        "replacements": [],
         "relaunches": [],
         "resizes": [],
         "params_sha256": "abc",
