@@ -15,6 +15,7 @@ from hpcft.cli import (
     leave,
     logs,
     metrics,
+    plan,
     ps,
     report,
     sbatch,
@@ -35,6 +36,7 @@ to begin with:
     hpcft sbatch --nodes 4 --time 4:00:00 train.py      write a batch script for this cluster
     hpcft ps                                            what runs, and how far it is
     hpcft report RUN                                    what it was, and where its time went
+    hpcft plan --nodes 512 --days 30                    what a campaign would come to
 """
 
 
@@ -51,6 +53,7 @@ _COMMANDS: dict[str, ModuleType] = {
     "leave": leave,
     "stop": stop,
     "ckpt": ckpt,
+    "plan": plan,
 }
 
 
