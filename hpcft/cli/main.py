@@ -16,6 +16,7 @@ from hpcft.cli import (
     leave,
     logs,
     metrics,
+    plan,
     ps,
     report,
     sbatch,
@@ -36,6 +37,7 @@ to begin with:
     hpcft sbatch --nodes 4 --time 4:00:00 train.py      write a batch script for this cluster
     hpcft ps                                            what runs, and how far it is
     hpcft report RUN                                    what it was, and where its time went
+    hpcft plan --nodes 512 --days 30                    what a campaign would come to
 """
 
 
@@ -53,6 +55,7 @@ _COMMANDS: dict[str, ModuleType] = {
     "stop": stop,
     "chaos": chaos,
     "ckpt": ckpt,
+    "plan": plan,
 }
 
 

@@ -1,0 +1,535 @@
+"""``hpcft plan``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from hpcft.cli import quantities
+from hpcft.cli.output import Column, duration, say, table, write_whole
+from hpcft.cli.runs import RUN, see
+from hpcft.errors import HpcftError, UsageError
+from hpcft.foresight.scenario import (
+    DAY,
+    SHORT,
+    Hazards,
+    Machine,
+    Saves,
+    Scenario,
+    Site,
+    Stack,
+    Tier,
+)
+from hpcft.watch.runs import find
+
+if TYPE_CHECKING:
+    from hpcft.foresight.forecast import Forecast, Mean
+    from hpcft.foresight.measured import Measured
+
+SUMMARY = "simulate a campaign: how many spares, how often to save, what goodput, what cost"
+
+DESCRIPTION = f"""\
+Play a training campaign through, many times over, with the failures that are to be expected of its
+nodes, and say what comes of it: goodput, where the time goes, how often to save, what it costs.
+
+    hpcft plan --nodes 512 --days 30                            with the defaults
+    hpcft plan --nodes 4096 --ranks-per-node 4 --days 60 --mtbf-node 50y --spares 16
+    hpcft plan --nodes 512 --mtbf-node 150d --sweep spares=0..16    how many spares?
+    hpcft plan --nodes 512 --sharded --near-every 1m            state sharded, kept near the ranks
+    hpcft plan --nodes 512 --restart --relaunch 10m             without recovery in place
+    hpcft plan --from RUN --nodes 512                           with the times that RUN has measured
+    hpcft plan --nodes 512 --sweep ckpt-every=1m..4h --plot plan.html
+    hpcft plan --validate                                       against published campaigns
+
+Times are written 90s, 10m, 1.5h, 3d, 50y, or never. What each default is taken from, and how good
+the simulator is: docs/foresight.md. How often your nodes really fail: hpcft risk.
+
+{RUN}"""
+
+_EPILOG = """\
+exit code: 0 done; 1 the page cannot be written, or the run not be read; 2 wrong usage
+"""
+
+#: Steps of the grid around Daly's optimum in which the best interval is looked for.
+_GRID = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
+
+
+@dataclass(frozen=True)
+class _Option:
+    """An option that is a number, and so can be swept over.
+
+    default: None where it depends on others.
+    help: what it is, without the default.
+    """
+
+    name: str
+    kind: Callable[[str], float]
+    default: float | None
+    help: str
+
+    @property
+    def field(self) -> str:
+        return self.name.replace("-", "_")
+
+    def write(self, value: float) -> str:
+        """A value of it, for people."""
+        if self.kind is not _TIME:
+            return f"{value:g}"
+        return "never" if math.isinf(value) else duration(value)
+
+    @property
+    def explained(self) -> str:
+        """For ``--help``."""
+        if self.default is None:
+            return self.help
+        return f"{self.help} (default: {self.write(self.default)})"
+
+
+def _count(text: str) -> int:
+    return int(text)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if math.isnan(value):
+        raise argparse.ArgumentTypeError("nan is no number")
+    return value
+
+
+_TIME = quantities.seconds
+_MACHINE, _HAZARDS, _SAVES, _STACK, _SITE = Machine(1), Hazards(), Saves(), Stack(), Site()
+_FILE = _SAVES.file or Tier(600.0, 0.2)
+_GROUPS: dict[str, tuple[_Option, ...]] = {
+    "the machine": (
+        _Option("nodes", _count, None, "nodes that train"),
+        _Option("spares", _count, _MACHINE.spares, "nodes that wait, besides"),
+        _Option("ranks-per-node", _count, _MACHINE.ranks_per_node, "ranks on each"),
+        _Option("rack-nodes", _count, _MACHINE.rack, "nodes that fail with their rack"),
+        _Option("days", _number, 30, "for how long the nodes are there"),
+    ),
+    "what befalls it (mean times between)": (
+        _Option("mtbf-node", _TIME, _HAZARDS.node, "failures of one node"),
+        _Option("mtbf-rack", _TIME, _HAZARDS.rack, "failures of one rack"),
+        _Option("mtbf-job", _TIME, _HAZARDS.job, "failures of all ranks at once"),
+        _Option("shape", _number, _HAZARDS.shape, "Weibull's, of the failures; 1 is exponential"),
+        _Option("slow-every", _TIME, _HAZARDS.slow, "one node's turning slow"),
+        _Option("slowdown", _number, _HAZARDS.slowdown, "times as long as a step then takes"),
+        _Option("slow-for", _TIME, _HAZARDS.slow_for, "until it is fast again"),
+        _Option("preempted", _TIME, _HAZARDS.preempted, "preemptions"),
+    ),
+    "checkpoints": (
+        _Option("ckpt-every", _TIME, _FILE.interval, "training between two files; never: no files"),
+        _Option("ckpt-cost", _TIME, _FILE.cost, "for which a save holds training up"),
+        _Option("ckpt-write", _TIME, _FILE.write, "until it is safe"),
+        _Option("ckpt-restore", _TIME, _FILE.restore, "to read it"),
+        _Option("near-every", _TIME, math.inf, "between saves near the ranks"),
+        _Option("near-cost", _TIME, 0.05, "for which one holds training up"),
+        _Option("near-restore", _TIME, 1.0, "to read it"),
+        _Option("near-survives", _count, _SAVES.near_survives, "nodes lost at once"),
+    ),
+    "the stack": (
+        _Option("step", _TIME, _STACK.step, "a step of the training"),
+        _Option("detect", _TIME, _STACK.detect, "until a failure is known"),
+        _Option("adopt", _TIME, _STACK.adopt, "until a spare has taken over"),
+        _Option("shrink", _TIME, _STACK.shrink, "until the others go on with fewer"),
+        _Option("relaunch", _TIME, _STACK.relaunch, "to start all ranks again"),
+        _Option("resize", _TIME, _STACK.resize, "to take repaired nodes in"),
+        _Option("start", _TIME, _STACK.start, "to start the job"),
+        _Option("min-nodes", _count, _STACK.at_least, "fewer do not train on; 0: half of them"),
+        _Option("group-nodes", _count, _STACK.by, "nodes that a shrink leaves out at once"),
+    ),
+    "the site": (
+        _Option("repair", _TIME, _SITE.repair, "until a failed node is back, mean"),
+        _Option("soft", _number, _SITE.soft, "part of failures that a reboot mends"),
+        _Option("reboot", _TIME, _SITE.reboot, "until a node is back that needs no more than that"),
+        _Option("queue", _TIME, _SITE.queue, "wait in the queue, mean"),
+        _Option("time-limit", _TIME, _SITE.limit, "of a job"),
+        _Option("price", _number, _SITE.price, "of a node-hour"),
+    ),
+}
+_OPTIONS = {option.name: option for group in _GROUPS.values() for option in group}
+_WHOLE = {name for name, option in _OPTIONS.items() if option.kind is _count}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the options."""
+    parser.epilog = _EPILOG
+    for title, options in _GROUPS.items():
+        group = parser.add_argument_group(title)
+        for option in options:
+            metavar = "TIME" if option.kind is _TIME else "N"
+            group.add_argument(
+                f"--{option.name}", type=option.kind, metavar=metavar, help=option.explained
+            )
+        if title == "the stack":
+            group.add_argument(
+                "--sharded", action="store_true", help="a lost rank's state is on no other rank"
+            )
+            group.add_argument(
+                "--restart",
+                action="store_true",
+                help="no recovery in place: each failure ends all ranks, as without hpcft",
+            )
+            group.add_argument(
+                "--short",
+                choices=SHORT,
+                help="what is done without a spare: go on with fewer, wait for a repair, or give "
+                "the nodes back and queue (default: shrink; with --restart wait)",
+            )
+            group.add_argument(
+                "--no-rejoin", action="store_true", help="repaired nodes do not come back"
+            )
+    add = parser.add_argument
+    add("--from", dest="source", metavar="RUN", help="take sizes and times that RUN has measured")
+    add(
+        "--sweep",
+        metavar="NAME=VALUES",
+        help="the forecast for several values of an option: spares=0..64, ckpt-every=1m,10m,1h",
+    )
+    add("--runs", type=int, default=32, metavar="N", help="lives to play through (default: 32)")
+    add("--seed", type=int, default=0, metavar="N", help="of their luck (default: 0)")
+    add("--plot", type=Path, metavar="FILE", help="write a page with pictures")
+    add("--json", action="store_true", help="JSON instead of words")
+    add("--validate", action="store_true", help="play published campaigns through")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it; return the exit code."""
+    if importlib.util.find_spec("scipy") is None:
+        raise UsageError("hpcft plan needs scipy", "pip install 'hpcft[foresight]'")
+    if not 2 <= args.runs <= 100_000:
+        raise UsageError(f"--runs {args.runs}", "it is from 2 to 100000")
+    if args.seed < 0:
+        raise UsageError(f"--seed {args.seed}", "it is 0 or more")
+    if args.validate:
+        return _validate(args)
+    given = _given(args)
+    scenario = _scenario(args, given).checked()
+    swept = _swept(args, given)
+    # What simulates takes its time to be loaded, which the other commands need not spend.
+    from hpcft.foresight import forecast
+
+    with Console(stderr=True).status("simulating ..."):
+        found = forecast.simulate(scenario, args.runs, args.seed)
+        intervals = _intervals(args, scenario)
+        rows = forecast.sweep(swept[1], swept[2], args.runs, args.seed) if swept else []
+    name = swept[0] if swept else ""
+    if args.plot:
+        from hpcft.foresight import page
+
+        labels = [_OPTIONS[name].write(value) for value, _ in rows]
+        tried, marks = (intervals.tried, intervals.marks) if intervals else ((), ())
+        text = page.draw(found, tried, marks, name, labels, rows)
+        write_whole(args.plot, text, "name another place with --plot")
+    if args.json:
+        print(json.dumps(_as_json(found, intervals, name, rows)))
+        return 0
+    _tell(found, intervals)
+    if rows:
+        _tell_sweep(name, rows)
+    if args.plot:
+        print(args.plot)
+    return 0
+
+
+def _given(args: argparse.Namespace) -> dict[str, float]:
+    """What holds: what is said, else what the run has measured, else the defaults."""
+    measured = _measured(args.source) if args.source else None
+    given = {}
+    for name, option in _OPTIONS.items():
+        value = getattr(args, option.field)
+        if value is None and measured is not None:
+            value = getattr(measured, option.field, None)
+        given[name] = option.default if value is None else value
+    if given["nodes"] is None:
+        raise UsageError("how many nodes?", "say --nodes N, or --from RUN")
+    return given
+
+
+def _measured(name: str) -> Measured:
+    from hpcft.foresight.measured import measure
+    from hpcft.report import record, story
+
+    run = find(name)
+    view = see(run)
+    begun = view.begun if run.entry else None
+    status = record.Status(
+        view.name, view.state, view.ended, view.reason, view.step, begun, view.time
+    )
+    path = run.rundir.path
+    try:
+        read = record.read(path, status)
+        measured = measure(story.of_record(read), read.chapters)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise HpcftError(f"{path} cannot be read: {error}") from error
+    if all(getattr(measured, field.name) is None for field in fields(measured)):
+        raise HpcftError(
+            f"{path} has nothing to tell: its training never began", "name another run"
+        )
+    return measured
+
+
+def _scenario(args: argparse.Namespace, given: dict[str, float]) -> Scenario:
+    def tier(name: str, write: float) -> Tier | None:
+        every = given[f"{name}-every"]
+        if math.isinf(every):
+            return None
+        return Tier(every, given[f"{name}-cost"], write, given[f"{name}-restore"])
+
+    return Scenario(
+        Machine(
+            int(given["nodes"]),
+            int(given["spares"]),
+            int(given["ranks-per-node"]),
+            int(given["rack-nodes"]),
+        ),
+        given["days"] * DAY,
+        Hazards(
+            node=given["mtbf-node"],
+            rack=given["mtbf-rack"],
+            job=given["mtbf-job"],
+            shape=given["shape"],
+            slow=given["slow-every"],
+            slowdown=given["slowdown"],
+            slow_for=given["slow-for"],
+            preempted=given["preempted"],
+        ),
+        Saves(tier("ckpt", given["ckpt-write"]), tier("near", 0.0), int(given["near-survives"])),
+        Stack(
+            in_place=not args.restart,
+            sharded=args.sharded,
+            step=given["step"],
+            detect=given["detect"],
+            adopt=given["adopt"],
+            shrink=given["shrink"],
+            relaunch=given["relaunch"],
+            resize=given["resize"],
+            start=given["start"],
+            short=args.short or ("wait" if args.restart else "shrink"),
+            at_least=int(given["min-nodes"]),
+            by=int(given["group-nodes"]),
+            rejoin=not args.no_rejoin,
+        ),
+        Site(
+            repair=given["repair"],
+            soft=given["soft"],
+            reboot=given["reboot"],
+            queue=given["queue"],
+            limit=given["time-limit"],
+            price=given["price"],
+        ),
+    )
+
+
+def _swept(
+    args: argparse.Namespace, given: dict[str, float]
+) -> tuple[str, Callable[[float], Scenario], list[float]] | None:
+    """What is swept over: its name, the scenario for a value, and the values."""
+    if not args.sweep:
+        return None
+    name, sign, text = args.sweep.partition("=")
+    option = _OPTIONS.get(name)
+    if not sign or option is None:
+        raise UsageError(
+            f"--sweep {args.sweep} names no option that is a number",
+            "write for instance --sweep spares=0..64",
+        )
+    try:
+        values = quantities.values(text, option.kind, name in _WHOLE)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise UsageError(f"--sweep {args.sweep}: {error}", "write spares=0..64 or a,b,c") from error
+
+    def vary(value: float) -> Scenario:
+        return _scenario(args, given | {name: value})
+
+    for value in values:
+        vary(value).checked()
+    return name, vary, values
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Between files, in seconds: the closed forms' best, and the simulated forecasts.
+
+    loss: between failures that go back to a file, by the given rates.
+    """
+
+    loss: float
+    young: float
+    daly: float
+    best: float
+    tried: tuple[tuple[float, Forecast], ...]
+
+    @property
+    def marks(self) -> tuple[tuple[float, str], ...]:
+        """What to point out on a picture of them."""
+        return (self.young, "Young"), (self.daly, "Daly"), (self.best, "the best simulated")
+
+
+def _intervals(args: argparse.Namespace, scenario: Scenario) -> Intervals | None:
+    """None where nothing is saved, nothing ever fails, or a save costs nothing."""
+    from hpcft.foresight import forecast, optimum
+
+    file = scenario.saves.file
+    rate = scenario.failure_rate
+    if file is None or not file.cost or not rate:
+        return None
+    loss = 1 / rate
+    young, daly = optimum.young(file.cost, loss), optimum.daly(file.cost, loss)
+    tried = forecast.sweep(
+        lambda interval: forecast.with_interval(scenario, interval),
+        [daly * factor for factor in _GRID],
+        max(2, args.runs // 2),
+        args.seed,
+    )
+    best = forecast.best(tried, lambda found: found.work.mean)
+    return Intervals(loss, young, daly, best, tuple(tried))
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from hpcft.foresight.campaigns import CAMPAIGNS, judge
+
+    with Console(stderr=True).status("simulating ..."):
+        verdicts = [judge(campaign, args.runs, args.seed) for campaign in CAMPAIGNS]
+    if args.json:
+        for verdict in verdicts:
+            campaign = verdict.campaign
+            row = {
+                "campaign": campaign.name,
+                "source": campaign.source,
+                "published": campaign.published,
+                "simulated": [verdict.worse.part.mean, verdict.better.part.mean],
+                "difference": verdict.difference,
+                "given": campaign.given,
+                "assumed": campaign.assumed,
+            }
+            print(json.dumps(row))
+        return 0
+    columns = [
+        Column("campaign", [v.campaign.name for v in verdicts]),
+        Column("published", [_range(*v.campaign.published) for v in verdicts]),
+        Column("simulated", [_range(v.worse.part.mean, v.better.part.mean) for v in verdicts]),
+        Column("apart, points", [f"{100 * v.difference:+.1f}" for v in verdicts]),
+    ]
+    say(table(columns))
+    for verdict in verdicts:
+        campaign = verdict.campaign
+        say(f"\n{campaign.name} ({campaign.source})")
+        for word, inputs in (("published", campaign.given), ("assumed", campaign.assumed)):
+            for one in inputs:
+                say(f"    {word}: {one}")
+    return 0
+
+
+def _range(low: float, high: float) -> str:
+    if high >= 1:
+        return f"> {100 * low:.0f} %"
+    return f"{100 * low:.1f} %" if high - low < 5e-4 else f"{100 * low:.1f} to {100 * high:.1f} %"
+
+
+def _share(mean: Mean) -> str:
+    return f"{100 * mean.mean:.2f} % (+- {100 * mean.margin:.2f})"
+
+
+def _tell(found: Forecast, intervals: Intervals | None) -> None:
+    from hpcft.report.words import PARTS
+
+    scenario = found.scenario
+    machine = scenario.machine
+    ranks = machine.nodes * machine.ranks_per_node
+    say(
+        f"{ranks:,} ranks on {machine.nodes:,} nodes and {machine.spares:,} spare nodes, "
+        f"{scenario.seconds / 86400:g} days, {found.runs} lives"
+    )
+    say(f"goodput                {_share(found.part)}: the time that goes into steps that count")
+    say(f"work done              {_share(found.work)}: of what these nodes do when nothing fails")
+    say(f"in 19 of 20 lives      at least {100 * found.worst:.2f} %")
+    say(f"of what is paid for    {100 * found.yield_:.2f} %, spares included")
+    counts = found.counts
+    say(
+        f"failures               {counts['failures']:.1f} of what trains, "
+        f"{counts['spare_failures']:.1f} of spares; a spare took over {counts['adopted']:.1f} "
+        f"times, {counts['shrunk']:.1f} times the others went on with fewer, "
+        f"{counts['relaunched']:.1f} times all were started again, {counts['queued']:.1f} times "
+        "the job had to queue"
+    )
+    if found.short.mean > 0:
+        say(
+            f"short of nodes         {100 * found.short.mean:.2f} % of the time; "
+            f"at the worst {found.least:,} trained"
+        )
+    whole = found.goodput.whole
+    rest = [(s, name) for name, s in found.goodput.parts.items() if name != "steps" and s > 0]
+    lost = [f"{PARTS[name][0]} {100 * s / whole:.2f} %" for s, name in sorted(rest, reverse=True)]
+    say(f"the rest               {', '.join(lost) or 'nothing'}")
+    if scenario.site.price:
+        say(
+            f"cost                   {found.cost:,.0f} for {found.node_hours:,.0f} node-hours; "
+            f"{found.wasted:,.0f} of it for nothing"
+        )
+    if intervals:
+        file = scenario.saves.file
+        assert file is not None
+        said = f"{duration(intervals.young)} by Young, {duration(intervals.daly)} by Daly"
+        say(
+            f"save every             {duration(intervals.best)}, the best simulated; {said} "
+            f"(for them each failure, one in {duration(intervals.loss)}, goes back to a file); "
+            f"now {duration(file.interval)}"
+        )
+
+
+def _tell_sweep(name: str, rows: list[tuple[float, Forecast]]) -> None:
+    from hpcft.foresight.forecast import best
+
+    found = [forecast for _, forecast in rows]
+    priced = any(forecast.cost for forecast in found)
+    columns = [
+        Column(name, [_OPTIONS[name].write(value) for value, _ in rows]),
+        Column("goodput", [_share(forecast.part) for forecast in found]),
+        Column("work done", [_share(forecast.work) for forecast in found]),
+        Column("of what is paid for", [f"{100 * one.yield_:.2f} %" for one in found]),
+        Column("short of nodes", [f"{100 * one.short.mean:.2f} %" for one in found]),
+    ]
+    if priced:
+        columns.append(Column("cost", [f"{one.cost:,.0f}" for one in found]))
+    say(table(columns))
+    most = best(rows, lambda one: one.work.mean)
+    worth = best(rows, lambda one: one.yield_)
+    say(
+        f"most work: {name} {_OPTIONS[name].write(most)}; "
+        f"most for what is paid: {name} {_OPTIONS[name].write(worth)}"
+    )
+
+
+def _as_json(
+    found: Forecast, intervals: Intervals | None, name: str, rows: list[tuple[float, Forecast]]
+) -> dict[str, Any]:
+    told: dict[str, Any] = {"scenario": _finite(asdict(found.scenario)), **found.as_json()}
+    if intervals:
+        told["interval"] = {
+            "young": intervals.young,
+            "daly": intervals.daly,
+            "best": intervals.best,
+            "tried": [{"interval": value, **one.as_json()} for value, one in intervals.tried],
+        }
+    if rows:
+        told["sweep"] = {
+            "name": name,
+            "forecasts": [{"value": _finite(value), **one.as_json()} for value, one in rows],
+        }
+    return told
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: what never happens is null."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    return None if isinstance(value, float) and math.isinf(value) else value
