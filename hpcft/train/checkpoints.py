@@ -123,6 +123,7 @@ class Near:
     ----------
     number: of the tier, as the shepherds count them.
     link: to the shepherd, which has copies made on another node; None if there is none.
+    beginning: called when a save begins.
     """
 
     def __init__(
@@ -133,7 +134,9 @@ class Near:
         link: Link | None,
         report: Report,
         waiting: Callable[[], AbstractContextManager[None]],
+        beginning: Callable[[], None],
     ) -> None:
+        self._about_to_begin = beginning
         self.store = NearStore(Path(tier.path))
         self._number = number
         self._link = link
@@ -172,6 +175,7 @@ class Near:
         return After.LACKING if why else After.THROUGH
 
     def _beginning(self, through: bool) -> None:
+        self._about_to_begin()
         if through:
             self._safe = self._last or self._safe
         # One that lacks copies is no reason to remove the one before; who is new knows of none.
@@ -209,6 +213,7 @@ class Checkpoints:
     Attributes
     ----------
     newest: the step of the newest checkpoint when training ended; -1 for none.
+    beginning: called in all ranks that save when a save begins, to have the state as it is to be.
     """
 
     def __init__(
@@ -226,13 +231,24 @@ class Checkpoints:
         self._store = Store(Path(policy.directory), lock)
         engine = Engine(policy.memory, bandwidth=policy.bandwidth, niceness=_NICENESS)
         self._saver = Saver(self._store, Alone(), engine, policy.timeout, policy.layout)
-        hooks = Hooks(self._committed, _nothing, self._failed, self._skipped, waiting)
+        self.beginning: Callable[[], None] = _nothing
+        hooks = Hooks(
+            self._committed,
+            _nothing,
+            self._failed,
+            self._skipped,
+            waiting,
+            beginning=lambda through: self.beginning(),
+        )
         self._series = Series(self._saver, policy.every, policy.timed, policy.overlap, hooks)
         self._near = [
-            Near(number, tier, policy, link, report, waiting)
+            Near(number, tier, policy, link, report, waiting, lambda: self.beginning())
             for number, tier in enumerate(policy.near)
         ]
         self._layout: tuple[str, str] | None = None
+        self._everybody: CommRanks | None = None
+        #: Whether this rank has a part in saving.
+        self._saves = True
         self.newest = -1
 
     @property
@@ -412,7 +428,8 @@ class Checkpoints:
 
     def attach(self, comm: MPI.Intracomm, state: State) -> None:
         """Save with the ranks of ``comm`` from now on."""
-        ranks = CommRanks(comm)
+        self._everybody = ranks = CommRanks(comm)
+        self._saves = True
         if self._near and ranks.rank == 0:
             # Else they are not found again, which the files make up for.
             with contextlib.suppress(OSError):
@@ -421,6 +438,20 @@ class Checkpoints:
             # Some copies may have gone with a node.
             near.series.attach(ranks, state.step, soon=True)
         self._series.attach(ranks, state.step, soon=False)
+
+    def attach_alone(self, comm: MPI.Intracomm | None, state: State, saves: bool) -> None:
+        """Save without the others from now on, if this rank ``saves``.
+
+        Parameters
+        ----------
+        comm: all ranks, for the end; None if they have to come together before that.
+        """
+        self._everybody = CommRanks(comm) if comm else None
+        if saves and self._saves and isinstance(self._saver.ranks, Alone):
+            # It has done so before; a save that is under way goes on.
+            return
+        self._saves = saves
+        self._series.attach(Alone(), state.step, soon=False)
 
     def drop(self) -> None:
         """Give up checkpoints that are not yet on their way into the store."""
@@ -449,7 +480,7 @@ class Checkpoints:
         ------
         MPI.Exception: a rank has failed.
         """
-        for series in self._all:
+        for series in self._all if self._saves else ():
             series.edge(state, metrics)
 
     def save(self, state: State, overlap: bool) -> None:
@@ -459,7 +490,8 @@ class Checkpoints:
         ------
         MPI.Exception: a rank has failed.
         """
-        self._series.save(state, overlap)
+        if self._saves:
+            self._series.save(state, overlap)
 
     def finish(self, state: State) -> None:
         """Training is over: save where it has come to, and wait until all is committed.
@@ -470,15 +502,18 @@ class Checkpoints:
         """
         for near in self._near:
             near.series.wait()
-        self._series.finish(state)
-        self.newest = self._saver.ranks.share(self._series.step)
-        if self.newest != state.step:
+        if self._saves:
+            self._series.finish(state)
+        assert self._everybody is not None
+        first = self._everybody.rank == 0
+        self.newest, step = self._everybody.share((self._series.step, state.step))
+        if self.newest != step:
             # The script has ended well all the same, and so does the run.
-            if self._saver.ranks.rank == 0:
+            if first:
                 self._report("unsaved", state.step, {"newest": self.newest})
             if self._link:
                 self._link.send("unsaved")
-        if self._saver.ranks.rank == 0 and not self._saver.hangs:
+        if first and not self._saver.hangs:
             # What it cannot remove now the next start will.
             with contextlib.suppress(OSError):
                 self._saver.send(self._store.sweep)
@@ -490,7 +525,8 @@ class Checkpoints:
         ------
         MPI.Exception: a rank has failed.
         """
-        return self._saver.ranks.least(-int(has)) < 0
+        assert self._everybody is not None
+        return self._everybody.least(-int(has)) < 0
 
     def hand_over(self, state: State, durable: bool) -> bool:
         """Save where training has come to for a launch that follows at once; collective.
@@ -512,9 +548,11 @@ class Checkpoints:
         if self._near and not durable:
             self._near[0].await_copies()
             series = self._near[0].series
-        series.finish(state)
-        newest: int = self._saver.ranks.share(series.step)
-        return newest == state.step
+        if self._saves:
+            series.finish(state)
+        assert self._everybody is not None
+        newest, step = self._everybody.share((series.step, state.step))
+        return bool(newest == step)
 
     def _committed(self, checkpoint: Checkpoint, seconds: float) -> None:
         if self._link:
