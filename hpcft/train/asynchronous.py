@@ -270,9 +270,16 @@ class Asynchronous:
         )
         average = flat.read(flat.empty()).mul_(1 / group.size())
         group.allreduce([average])
+        # Counts cannot be averaged; they are rank 0's.
+        counts = [buffer for buffer in self._state.buffers() if not buffer.is_floating_point()]
+        taken = [count.clone() for count in counts]
+        for count in taken:
+            group.broadcast([count])
         if group.failure is not None:
             return False
         flat.write(average)
+        for count, its in zip(counts, taken, strict=True):
+            count.copy_(its)
         return True
 
     # -- joining -------------------------------------------------------------------------------

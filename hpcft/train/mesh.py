@@ -34,7 +34,7 @@ import numpy.typing as npt
 Vector = npt.NDArray[np.floating[Any]]
 
 _HEADER = struct.Struct("=BqqQ")
-_HELLO, _UPDATE, _DONE, _ASK, _STATE = range(5)
+_HELLO, _BEGUN, _UPDATE, _DONE, _ASK, _STATE = range(6)
 #: Seconds a peer may take to say who it is, and between two attempts to reach it.
 _PATIENCE, _REDIAL = 5.0, 0.05
 #: Seconds between two looks whether this process still takes calls.
@@ -59,20 +59,16 @@ class Snapshot:
 
 @dataclass
 class _Update:
-    """Of the steps after ``lo`` up to ``hi``; without a vector it tells of the steps alone."""
+    """Of the steps after ``lo`` up to ``hi``."""
 
     lo: int
     hi: int
-    vector: Vector | None
+    vector: Vector
 
     def join(self, other: _Update) -> _Update:
         """This one and the one that follows it."""
-        if self.vector is None or other.vector is None:
-            vector = other.vector if self.vector is None else self.vector
-        else:
-            # Not in place, for others may share it.
-            vector = self.vector + other.vector
-        return _Update(self.lo, other.hi, vector)
+        # Not in place, for others may share it.
+        return _Update(self.lo, other.hi, self.vector + other.vector)
 
 
 @dataclass
@@ -93,7 +89,7 @@ class _Peer:
     since: int = _NONE
     pending: _Update | None = None
     done: int | None = None
-    wishes: list[tuple[int, bytes]] = field(default_factory=list)
+    wishes: list[tuple[int, int, bytes]] = field(default_factory=list)
     snapshot: Snapshot | None = None
 
 
@@ -206,9 +202,10 @@ class Mesh:
         with self._changed:
             self._step, self._mark, self._done = step, mark, None
             for peer in self._peers.values():
-                self._queue(peer, _Update(peer.sent, step, None))
+                peer.wishes.append((_BEGUN, step, b""))
+                peer.work.notify()
 
-    def publish(self, step: int, vector: Vector | None) -> None:
+    def publish(self, step: int, vector: Vector) -> None:
         """Send everybody what the step that is completed has changed. It must not change later."""
         with self._changed:
             before, self._step = self._step, step
@@ -223,6 +220,7 @@ class Mesh:
         """What has come in since the last call, to be used up until the next; None if nothing."""
         with self._changed:
             if not self._something:
+                self._applied.update(self._received)
                 return None
             taken, self._inbox = self._inbox, self._spare_inbox
             self._spare_inbox = taken
@@ -320,7 +318,7 @@ class Mesh:
                 return False
             needs = {w: peer.since for w, peer in self._peers.items() if peer.since != _NONE}
             giver = self._peers[self._giver]
-            giver.wishes.append((_ASK, pickle.dumps(needs)))
+            giver.wishes.append((_ASK, 0, pickle.dumps(needs)))
             giver.work.notify()
             # Those held back look whether it is theirs.
             self._changed.notify_all()
@@ -482,17 +480,15 @@ class Mesh:
                 done, peer.done = peer.done, None
                 if update:
                     peer.sent = update.hi
-            for kind, package in wishes:
-                peer.sock.sendall(_HEADER.pack(kind, 0, 0, len(package)))
+            for kind, number, package in wishes:
+                peer.sock.sendall(_HEADER.pack(kind, number, 0, len(package)))
                 peer.sock.sendall(package)
             if snapshot:
                 self._send_snapshot(peer.sock, snapshot)
             if update:
                 vector = update.vector
-                length = 0 if vector is None else vector.nbytes
-                peer.sock.sendall(_HEADER.pack(_UPDATE, update.lo, update.hi, length))
-                if vector is not None:
-                    peer.sock.sendall(vector.data.cast("B"))
+                peer.sock.sendall(_HEADER.pack(_UPDATE, update.lo, update.hi, vector.nbytes))
+                peer.sock.sendall(vector.data.cast("B"))
             if done is not None:
                 peer.sock.sendall(_HEADER.pack(_DONE, done, 0, 0))
 
@@ -509,11 +505,17 @@ class Mesh:
         while True:
             kind, first, second, length = _HEADER.unpack(_receive(peer.sock, header))
             if kind == _UPDATE:
-                if length not in (0, room.nbytes):
+                if length != room.nbytes:
                     raise OSError("an update of another model")
-                if length:
-                    _receive(peer.sock, room.data.cast("B"))
-                self._arrived(peer, first, second, room if length else None)
+                _receive(peer.sock, room.data.cast("B"))
+                self._arrived(peer, first, second, room)
+            elif kind == _BEGUN:
+                with self._changed:
+                    peer.step = first
+                    if peer.since == _NONE:
+                        peer.since = first
+                        self._received[peer.world] = self._applied[peer.world] = first
+                    self._changed.notify_all()
             elif kind == _DONE:
                 self._await_joined(peer)
                 with self._changed:
@@ -546,14 +548,7 @@ class Mesh:
                 self._changed.wait()
         return True
 
-    def _arrived(self, peer: _Peer, lo: int, hi: int, vector: Vector | None) -> None:
-        if lo == _NONE:
-            # It has begun only since we know each other.
-            with self._changed:
-                peer.step = peer.since = hi
-                self._received[peer.world] = self._applied[peer.world] = hi
-                self._changed.notify_all()
-            return
+    def _arrived(self, peer: _Peer, lo: int, hi: int, vector: Vector) -> None:
         counts = self._await_joined(peer)
         with self._changed:
             if not self._current(peer):
@@ -561,12 +556,11 @@ class Mesh:
             included = (self._included or {}).get(peer.world, _NONE)
             peer.step = hi
             self._received[peer.world] = hi
-            if counts and vector is not None and hi > included:
+            if counts and hi > included:
                 if lo < included:
                     vector *= (hi - included) / (hi - lo)
                 self._inbox += vector
-            # So that the step counts as applied.
-            self._something = self._something or counts
+                self._something = True
             self._changed.notify_all()
 
 
