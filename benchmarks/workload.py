@@ -2,7 +2,8 @@
 
 Under ``python -m hpcft.run`` it is a job of hpcft's. Started by torchrun it is an ordinary script:
 gloo, and a checkpoint by rank 0 every ``--save-every`` steps, from which a restarted one goes on.
-Rank 0 notes the end of every step in the file ``--stamps``: step, time, process number.
+Rank 0 notes the end of every step in the file ``--stamps``: step, time, process number. With
+``--everybody`` all ranks do.
 """
 
 from __future__ import annotations
@@ -69,9 +70,10 @@ def under_hpcft(args: argparse.Namespace) -> None:
 
     def train(state: hpcft.State) -> None:
         while state.step < args.steps:
+            time.sleep(args.pace)
             workload.step()
             state.commit()
-            if job.rank == 0 and not job.spare:
+            if (job.rank == 0 or args.everybody) and not job.spare:
                 stamps.add(state.step)
 
     def evaluate(state: hpcft.State) -> dict[str, float]:
@@ -117,6 +119,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=10**9)
     parser.add_argument("--stamps", required=True)
+    parser.add_argument("--pace", type=float, default=0, help="seconds a step waits for its data")
+    parser.add_argument("--everybody", action="store_true", help="all ranks note their steps")
     parser.add_argument("--save-every", type=int, default=0)
     parser.add_argument("--checkpoint", default="")
     parser.add_argument("--evaluate", default="", help="make this file, and evaluate for ever")

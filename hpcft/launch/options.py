@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -170,9 +170,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--mode",
-        choices=("sync", "backup"),
+        choices=("sync", "backup", "local-sgd", "async"),
         help="how the ranks work together. sync: every step takes the gradients of all ranks. "
-        "backup: of those that come first, see --backup (default sync)",
+        "backup: of those that come first, see --backup. local-sgd: each rank steps on its own, "
+        "and now and then all average their parameters, see --sync-every. async: each sends what "
+        "its steps change to all others, and waits for nobody, see --staleness. The script is the "
+        "same for all; docs/modes.md helps to choose (default sync)",
     )
     add(
         "--backup",
@@ -189,6 +192,26 @@ def _parser() -> argparse.ArgumentParser:
         "spare, at the end of a step; nothing is lost. It waits as a spare, and is trusted again "
         "when it has become as fast as the others; at most one such change a minute. Needs "
         "--spares (default: stragglers are reported, and stay)",
+    )
+    add(
+        "--sync-every",
+        type=int,
+        metavar="H",
+        help="with --mode local-sgd: steps from one averaging to the next (default 8)",
+    )
+    add(
+        "--elastic",
+        type=float,
+        metavar="A",
+        help="with --mode local-sgd: how far each rank moves towards the average, above 0 and up "
+        "to 1, which is all of the way; less lets ranks explore (default 1)",
+    )
+    add(
+        "--staleness",
+        type=int,
+        metavar="K",
+        help="with --mode async: a rank that is K steps ahead of the slowest waits for it "
+        "(default 64)",
     )
     add(
         "--max-relaunch",
@@ -468,14 +491,32 @@ def parse(argv: list[str]) -> RunOptions:
     )
 
 
+#: What an option of a mode's own is for, what it may be, and in words.
+_OF_MODES: dict[str, tuple[Name, Callable[[float], bool], str]] = {
+    "backup": ("backup", lambda value: value >= 1, "give 1 or more"),
+    "sync_every": ("local-sgd", lambda value: value >= 1, "give 1 or more"),
+    "elastic": ("local-sgd", lambda value: 0 < value <= 1, "give a number above 0 and up to 1"),
+    "staleness": ("async", lambda value: value >= 1, "give 1 or more"),
+}
+
+
 def _mode(given: argparse.Namespace) -> Mode:
-    backup: int | None = given.backup
-    name: Name = given.mode or ("sync" if backup is None else "backup")
-    if backup is not None and name != "backup":
-        raise UsageError(f"--backup is not for --mode {name}", "leave one of them away")
-    if backup is not None and backup < 1:
-        raise UsageError(f"--backup {backup} makes no sense", "give 1 or more")
-    return Mode(name, (1 if backup is None else backup) if name == "backup" else 0)
+    name: Name = given.mode or ("sync" if given.backup is None else "backup")
+    chosen = {option: value for option in _OF_MODES if (value := vars(given)[option]) is not None}
+    for option, value in chosen.items():
+        mode, good, remedy = _OF_MODES[option]
+        written = "--" + option.replace("_", "-")
+        if mode != name:
+            remedy = f"leave it away, or give --mode {mode}"
+            raise UsageError(f"{written} is not for --mode {name}", remedy)
+        if not good(value):
+            raise UsageError(f"{written} {value:g} makes no sense", remedy)
+    if name == "async" and given.ckpt_near:
+        raise UsageError(
+            "--ckpt-near is not for --mode async, in which ranks do not save together",
+            "leave it away: --ckpt-dir with --ckpt-every holds nobody up in this mode",
+        )
+    return Mode(name, **({"backup": 1} if name == "backup" else {}) | chosen)
 
 
 def _spares_do(given: argparse.Namespace) -> tuple[Duty, ...]:

@@ -55,6 +55,7 @@ class Backup:
         self, group: WorldProcessGroup, world: World, cohorts: Cohorts, failed: Callable[[], bool]
     ) -> None:
         self.group = group
+        self.own_gradients = False
         self._world = world
         self._cohorts = cohorts
         self._failed = failed

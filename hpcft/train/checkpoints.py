@@ -125,6 +125,7 @@ class Near:
     number: of the tier, as the shepherds count them.
     link: to the shepherd, which has copies made on another node; None if there is none.
     past: what has been so far.
+    beginning: called when a save begins.
     """
 
     def __init__(
@@ -136,7 +137,9 @@ class Near:
         report: Report,
         waiting: Callable[[], AbstractContextManager[None]],
         past: Past,
+        beginning: Callable[[], None],
     ) -> None:
+        self._about_to_begin = beginning
         self.store = NearStore(Path(tier.path))
         self._number = number
         self._link = link
@@ -178,6 +181,7 @@ class Near:
         return After.LACKING if why else After.THROUGH
 
     def _beginning(self, through: bool) -> None:
+        self._about_to_begin()
         if through:
             self._safe = self._last or self._safe
         # One that lacks copies is no reason to remove the one before; who is new knows of none.
@@ -216,6 +220,7 @@ class Checkpoints:
     Attributes
     ----------
     newest: the step of the newest checkpoint when training ended; -1 for none.
+    beginning: called in all ranks that save when a save begins, to have the state as it is to be.
     """
 
     def __init__(
@@ -234,19 +239,28 @@ class Checkpoints:
         self._store = Store(Path(policy.directory), lock)
         engine = Engine(policy.memory, bandwidth=policy.bandwidth, niceness=_NICENESS)
         self._saver = Saver(self._store, Alone(), engine, policy.timeout, policy.layout)
-        hooks = Hooks(self._committed, _nothing, self._failed, self._skipped, waiting)
+        self.beginning: Callable[[], None] = _nothing
+        hooks = Hooks(
+            self._committed,
+            _nothing,
+            self._failed,
+            self._skipped,
+            waiting,
+            beginning=lambda through: self.beginning(),
+        )
         self._past = Past(self._store.path, nodes)
         rhythm = _rhythm(FILES, policy, self._past, report)
         self._series = Series(
             self._saver, policy.every, policy.timed, policy.overlap, hooks, rhythm
         )
         self._near = [
-            Near(number, tier, policy, link, report, waiting, self._past)
+            Near(number, tier, policy, link, report, waiting, self._past, lambda: self.beginning())
             for number, tier in enumerate(policy.near)
         ]
         self._layout: tuple[str, str] | None = None
-        #: Others save.
-        self._apart = False
+        self._everybody: CommRanks | None = None
+        #: Whether this rank has a part in saving.
+        self._saves = True
         self.newest = -1
 
     @property
@@ -433,12 +447,10 @@ class Checkpoints:
             for series in self._all:
                 device.pin(series.engine, place)
 
-    def attach(self, comm: MPI.Intracomm | None, state: State) -> None:
-        """Save with the ranks of ``comm`` from now on; None: others save."""
-        self._apart = comm is None
-        if comm is None:
-            return
-        ranks = CommRanks(comm)
+    def attach(self, comm: MPI.Intracomm, state: State) -> None:
+        """Save with the ranks of ``comm`` from now on."""
+        self._everybody = ranks = CommRanks(comm)
+        self._saves = True
         if self._near and ranks.rank == 0:
             # Else they are not found again, which the files make up for.
             with contextlib.suppress(OSError):
@@ -454,6 +466,22 @@ class Checkpoints:
                 series.rhythm.nearer = elsewhere + number
         if self._adapts and ranks.rank == 0:
             self._note(self._past.trains)
+
+    def attach_alone(self, comm: MPI.Intracomm | None, state: State, saves: bool) -> None:
+        """Save without the others from now on, if this rank ``saves``.
+
+        Parameters
+        ----------
+        comm: all ranks, for the end; None if they have to come together before that.
+        """
+        self._everybody = CommRanks(comm) if comm else None
+        for near in self._near if saves else ():
+            near.series.attach(Alone(), state.step, soon=True)
+        if saves and self._saves and isinstance(self._saver.ranks, Alone):
+            # It has done so before; a save that is under way goes on.
+            return
+        self._saves = saves
+        self._series.attach(Alone(), state.step, soon=False)
 
     def drop(self) -> None:
         """Give up checkpoints that are not yet on their way into the store."""
@@ -482,7 +510,7 @@ class Checkpoints:
         ------
         MPI.Exception: a rank has failed.
         """
-        for series in self._all if not self._apart else ():
+        for series in self._all if self._saves else ():
             series.edge(state, metrics)
 
     def save(self, state: State, overlap: bool) -> None:
@@ -492,7 +520,7 @@ class Checkpoints:
         ------
         MPI.Exception: a rank has failed.
         """
-        if not self._apart:
+        if self._saves:
             self._series.save(state, overlap)
 
     def finish(self, state: State) -> None:
@@ -504,17 +532,20 @@ class Checkpoints:
         """
         for near in self._near:
             near.series.wait()
-        self._series.finish(state)
-        self.newest = self._saver.ranks.share(self._series.step)
-        if self.newest != state.step:
+        if self._saves:
+            self._series.finish(state)
+        assert self._everybody is not None
+        first = self._everybody.rank == 0
+        self.newest, step = self._everybody.share((self._series.step, state.step))
+        if self.newest != step:
             # The script has ended well all the same, and so does the run.
-            if self._saver.ranks.rank == 0:
+            if first:
                 self._report("unsaved", state.step, {"newest": self.newest})
             if self._link:
                 self._link.send("unsaved")
-        elif self._adapts and self._saver.ranks.rank == 0:
+        elif self._adapts and first:
             self._note(self._past.ends)
-        if self._saver.ranks.rank == 0 and not self._saver.hangs:
+        if first and not self._saver.hangs:
             # What it cannot remove now the next start will.
             with contextlib.suppress(OSError):
                 self._saver.send(self._store.sweep)
@@ -526,7 +557,8 @@ class Checkpoints:
         ------
         MPI.Exception: a rank has failed.
         """
-        return self._saver.ranks.least(-int(has)) < 0
+        assert self._everybody is not None
+        return self._everybody.least(-int(has)) < 0
 
     def hand_over(self, state: State, durable: bool) -> bool:
         """Save where training has come to for a launch that follows at once; collective.
@@ -548,11 +580,13 @@ class Checkpoints:
         if self._near and not durable:
             self._near[0].await_copies()
             series = self._near[0].series
-        series.finish(state)
-        newest: int = self._saver.ranks.share(series.step)
-        if newest == state.step and self._adapts and self._saver.ranks.rank == 0:
+        if self._saves:
+            series.finish(state)
+        assert self._everybody is not None
+        newest, step = self._everybody.share((series.step, state.step))
+        if newest == step and self._adapts and self._everybody.rank == 0:
             self._note(self._past.ends)
-        return newest == state.step
+        return bool(newest == step)
 
     def _note(self, write: Callable[[], None]) -> None:
         # What is not written down is estimated less well the next time.

@@ -19,18 +19,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpcft.errors import INTERRUPTED, HpcftError, StateLost
 from hpcft.train.accelerator import in_use
+from hpcft.train.asynchronous import Asynchronous
 from hpcft.train.averaging import averaging_hook
 from hpcft.train.backup import Backup, Late, backup_hook
 from hpcft.train.buckets import Buckets
 from hpcft.train.checkpoints import CommRanks
 from hpcft.train.evaluation import Evaluate
+from hpcft.train.interruption import StepInterrupted
 from hpcft.train.lasting import Lasting
+from hpcft.train.localsgd import LocalSgd
 from hpcft.train.process_group import WorldProcessGroup, install
 from hpcft.train.sampler import ElasticBatchSampler
 from hpcft.train.state import Savepoint, State
 from hpcft.train.transfer import Arrival, give
 from hpcft.world import garbage, warm
 from hpcft.world.departure import Departure
+from hpcft.world.membership import Healing
 from hpcft.world.recovery import Recovered, Report, Transfer, state_lost
 from hpcft.world.script import ScriptInterrupted
 
@@ -58,13 +62,6 @@ _MOST_DRY_STEPS = 16
 _LAST_WORDS = 1.0
 
 
-class StepInterrupted(BaseException):
-    """A rank has failed; the step is broken off at one of its two edges.
-
-    Not an Exception, so that a training loop's ``except Exception`` lets it pass.
-    """
-
-
 class _Leaving(BaseException):
     """All leave at the end of this step, for the run was asked to end."""
 
@@ -83,6 +80,7 @@ class Job:
     """
 
     def __init__(self, lasting: Lasting, seed: int, on_shrink: OnShrink) -> None:
+        self._session = lasting.session
         self._options = lasting.session.options
         self._world = lasting.session.world
         self._teller = lasting.teller
@@ -100,6 +98,13 @@ class Job:
         self.group = WorldProcessGroup(0, self.size, self._world.progress)
         #: Factor this rank's gradients are multiplied with before they are added up.
         self.scale = 1 / self.size
+        self.own_gradients = lasting.session.mode.own_gradients
+        self._local: LocalSgd | None = None
+        self._free: Asynchronous | None = None
+        #: Whether ranks train without MPI at present, each at a step of its own.
+        self._apart = False
+        #: Among how many ranks the samplers share out the data.
+        self._dealt = self.size
         self._stepped = 0
         self._broken = False
         self._whole = True
@@ -191,6 +196,7 @@ class Job:
 
     def _bind(self, state: State) -> None:
         """Have the state's edges lead here."""
+        self._state = state
         if not list(state.optimizers()):
             raise HpcftError(
                 "the state tracks no optimizer", "give it to hpcft.State(optimizer=...)"
@@ -219,31 +225,71 @@ class Job:
                 'on_shrink="keep-global-batch" needs to know the batches',
                 "track exactly one hpcft.ElasticBatchSampler in the state",
             )
+        self._choose_mode(state)
+        self._place(state)
+        self._savepoint = Savepoint(state)
+
+    def _choose_mode(self, state: State) -> None:
+        """Make what the mode needs."""
+        mode = self._session.mode
+        if mode.own_gradients and state.sharded():
+            raise HpcftError(
+                f"--mode {mode.name} needs all of the state in each rank, and this one is sharded",
+                "leave --mode away, or train with DistributedDataParallel",
+            )
         if self._backup:
             sampler = self._samplers[0] if len(self._samplers) == 1 else None
             self._backup.bind(state, sampler, self._before_the_step)
-        self._place(state)
-        self._savepoint = Savepoint(state)
+        elif mode.name == "local-sgd":
+            self._local = LocalSgd(self.group, mode.sync_every, mode.elastic, state)
+            if self._checkpoints:
+                self._checkpoints.beginning = self._average
+        elif mode.name == "async" and self._world.link:
+            self._free = Asynchronous(self._session, state, self._healed, self._before_change)
+            self._world.apart = True
 
     def _before_the_step(self) -> AbstractContextManager[None]:
         assert self._savepoint is not None
         return self._savepoint.brought_back()
 
+    def _average(self) -> None:
+        """Have all ranks hold the same, for what is saved is to be the average."""
+        if self._local:
+            with self._world.progress.waiting():
+                self._local.average()
+            if self._failed_here_or_there():
+                raise MPI.Exception(MPI.ERR_REVOKED)
+            assert self._savepoint is not None
+            self._savepoint.renew()
+
+    def _before_change(self) -> None:
+        if self._checkpoints:
+            self._checkpoints.before_update()
+
     def _place(self, state: State) -> None:
         """Tell the samplers who we are, and begin the step that the state is at."""
+        self._deal()
+        if self._local:
+            self._local.begin()
+        self._begin_step(state)
+
+    def _deal(self) -> None:
+        """Share out the data to those that train now."""
         for sampler in self._samplers:
             keep = self._on_shrink == "keep-global-batch"
             whole = sampler.batch_size * self._launched_size if keep else None
             sampler.place(self.rank, self.size, whole)
-        self._begin_step(state)
+        self._dealt = self.size
 
     def _begin_step(self, state: State) -> None:
         self._stepped = 0
         self._broken = False
         self.scale = 1 / self.size
+        self._counts = 1, self.size
         if len(self._samplers) == 1:
             # Exact also where the ranks' batches differ in size.
             sampler = self._samplers[0]
+            self._counts = sampler.local_count, sampler.global_count
             self.scale = sampler.local_count / sampler.global_count
         if self._backup:
             together = self.spare or not self._buckets.settled
@@ -270,6 +316,8 @@ class Job:
     # -- the edges of a step -------------------------------------------------------------------
 
     def _failed(self) -> bool:
+        if self._apart:
+            return False
         if self.group.failure is not None and self._world.link is None:
             raise self.group.failure
         return self.group.failure is not None or self._world.broken()
@@ -286,7 +334,7 @@ class Job:
             return
         if self._stepped == 0:
             self._see_that_in_time()
-            if self._shared_buffers:
+            if self._shared_buffers and not self.own_gradients:
                 self._share_buffers()
         if not self._failed():
             if self._checkpoints:
@@ -330,12 +378,17 @@ class Job:
             return
         self._see_that_in_time()
         state.__dict__["step"] += 1
+        epochs = [sampler.epoch for sampler in self._samplers]
         for sampler in self._samplers:
             sampler.advance(self._backup.taken() if self._backup else None)
         # A collective that failed after the optimizer's step has given its caller a wrong answer;
         # one that failed in a step without any optimizer's step, wrong gradients to who knows what.
         self._whole = self.group.failure is None
         self._broken = self._broken or (not self._whole and self._stepped == 0)
+        if self._local:
+            self._local.stepped(*self._counts)
+        elif self._apart:
+            self._exchange(state, epochs)
         assert self._savepoint is not None
         self._savepoint.renew()
         self._world.progress.step(state.step)
@@ -350,6 +403,8 @@ class Job:
         if self._checkpoints:
             self._checkpoints.edge(state, metrics)
         self._leave_if_asked(state)
+        if self._apart and self._free:
+            self._free.hold()
         self._pace.ended()
         self._begin_step(state)
 
@@ -360,12 +415,51 @@ class Job:
 
     def _leave_or_go_on(self, state: State, departure: Departure) -> None:
         """All are to leave; see whether this is the step they leave at."""
+        if self._apart:
+            # Each at a step of its own.
+            raise _Leaving
         with self._world.progress.waiting():
             over = departure.over(state.step, self._failed_here_or_there)
         if over:
             raise _Leaving
         if self._failed_here_or_there():
             raise StepInterrupted
+
+    def _exchange(self, state: State, epochs: list[int]) -> None:
+        """Send the others what this rank has learnt, and take what they have."""
+        assert self._free is not None
+        # Of those that there are now; the data was shared out to those that there were.
+        self._free.stepped(self.scale * self._dealt / self.size)
+        if epochs != [sampler.epoch for sampler in self._samplers] and self._dealt != self.size:
+            # A new epoch is shared out to those who are left.
+            self._deal()
+
+    def _healed(self, healing: Healing) -> None:
+        """Ranks have failed, and others go on without having stopped."""
+        world, link = self._world, self._world.link
+        assert link is not None
+        self._pace.lap()
+        now, step = time.time(), self._state.step if self._begun else -1
+        recovery = Recovered(healing, Transfer(0, (), step, step), now, now, 1)
+        self._teller.recovered(recovery)
+        if world.membership is not healing.after:
+            # All have agreed on another since.
+            return
+        if self._apart:
+            self.group.park(self.rank, self.size)
+            if self._on_shrink == "scale-lr":
+                before = len(healing.before.active)
+                _scale_learning_rate(self._state, self.size / before)
+            if self._checkpoints and world.logical == 0 and healing.before.logical(world.world):
+                self._checkpoints.attach_alone(None, self._state, saves=True)
+                self._checkpoints.take_over()
+        link.send(
+            "role",
+            logical=world.logical,
+            active=world.membership.active,
+            epoch=world.membership.epoch,
+        )
+        self._repetition.look(recovery)
 
     def _failed_here_or_there(self) -> bool:
         assert self._world.active is not None
@@ -391,13 +485,18 @@ class Job:
         self._world.progress.run(not self.spare)
         self._leaving = self._resizing = False
         link = self._world.link
-        if self.spare:
-            assert link is not None
-            link.departures.wait()
-            return Outcome.OVER if self._world.park() else Outcome.AGREED
+        self._apart = False
         try:
-            if self._world.membership.epoch == self._epoch:
+            if self.spare:
+                assert link is not None
+                link.departures.wait()
+                over = self._wait_as_spare(state)
+                if over is not None:
+                    return Outcome.OVER if over else Outcome.AGREED
+            elif self._world.membership.epoch == self._epoch:
                 self._start(state)
+            if self._free and not self._apart:
+                self._part(self._free.open)
             self._world.progress.step(state.step)
             if link:
                 link.departures.begin(self._world.membership.epoch)
@@ -407,6 +506,10 @@ class Job:
             return Outcome.BROKEN_OFF
         except MPI.Exception:
             return Outcome.BROKEN_OFF
+        except HpcftError:
+            if self._apart:
+                self._last_words()
+            raise
         except Exception:
             # What a script does with the results of a broken world says nothing about the script.
             if not self._failed():
@@ -415,6 +518,50 @@ class Job:
             self._teller.say("hpcft: dropped, as a rank has failed: " + traceback.format_exc())
             return Outcome.BROKEN_OFF
         return Outcome.OVER if self._world.finish() else Outcome.AGREED
+
+    def _wait_as_spare(self, state: State) -> bool | None:
+        """Wait as a spare; None if this process trains now, without the others having stopped."""
+        if not self._free:
+            return self._world.park()
+        over = self._world.park(self._free.wanted)
+        if over is not None:
+            return over
+        if not self._free.join():
+            return self._world.park()
+        self._begun = self._whole = True
+        self._world.progress.run(True)
+        self._place(state)
+        self._savepoint = Savepoint(state)
+        if self._checkpoints:
+            self._checkpoints.attach_alone(None, state, self.rank == 0)
+            if self.rank == 0:
+                self._checkpoints.take_over()
+        self._teller.restored(state.step)
+        self._part(_nothing)
+        return None
+
+    def _part(self, begin: Callable[[], None]) -> None:
+        """From now on each rank trains by itself."""
+        self.group.park(self.rank, self.size)
+        self._apart = True
+        begin()
+
+    def _assemble(self, state: State) -> None:
+        """All ranks have trained to the end: come together, and hold the average."""
+        assert self._free is not None
+        self._free.finish()
+        self._apart = False
+        assert self._world.active is not None
+        self.group.attach(self._world.active)
+        averaged = self._free.average(self.group)
+        if not averaged or self._failed_here_or_there():
+            raise StepInterrupted
+        assert self._savepoint is not None
+        self._savepoint.renew()
+        if self._checkpoints:
+            self._checkpoints.attach_alone(self._world.active, state, self.rank == 0)
+            # One may have been asked to leave when another was at the end already.
+            self._leaving = self._checkpoints.any_rank(self._leaving)
 
     def _trained(self, train: Callable[[State], None], state: State) -> bool:
         """Train up to the end, or to where all leave, and save what is to be saved.
@@ -430,6 +577,10 @@ class Job:
             self._leaving = True
         if self._backup:
             self._come_together(state)
+        elif self._free:
+            self._assemble(state)
+        else:
+            self._average()
         if not self._checkpoints:
             return True
         if self._leaving:
@@ -442,8 +593,12 @@ class Job:
                 self._leaving = self._resizing = False
                 resize.forget()
                 link.send("stays")
-                self._attach_checkpoints(state)
+                if self._backup:
+                    assert self._world.active is not None
+                    self._save_with(self._world.active, state)
                 self._begin_step(state)
+                if self._free:
+                    self._part(self._free.again)
                 return False
         if not self._resizing:
             self._checkpoints.finish(state)
@@ -480,17 +635,9 @@ class Job:
         if not self._backup.gather():
             raise StepInterrupted
         if self._checkpoints:
+            assert self._world.active is not None
             self._checkpoints.settle()
             self._checkpoints.attach(self._world.active, state)
-
-    def _attach_checkpoints(self, state: State) -> None:
-        """Save with all ranks; where they are not at the same step rank 0 saves alone."""
-        if not self._checkpoints:
-            return
-        comm = self._world.active
-        if self._backup:
-            comm = MPI.COMM_SELF if self.rank == 0 else None
-        self._checkpoints.attach(comm, state)
 
     def _attend(self) -> None:
         """A membership begins."""
@@ -524,12 +671,20 @@ class Job:
                     arrival.install()
         if self._checkpoints:
             self._checkpoints.check(state)
-        self._attach_checkpoints(state)
+            self._save_with(comm, state)
         self._teller.restored(state.step)
         self._attend()
         self._place(state)
         self._savepoint.renew()
         self._begun = True
+
+    def _save_with(self, comm: MPI.Intracomm, state: State) -> None:
+        """Save with these ranks from now on, or without them."""
+        assert self._checkpoints is not None
+        if self._free or self._backup:
+            self._checkpoints.attach_alone(comm, state, comm.rank == 0)
+        else:
+            self._checkpoints.attach(comm, state)
 
     def _warm_up(self, train: Callable[[State], None], state: State) -> None:
         """Run a few steps for nobody, so that all that is made on first use is made."""
@@ -576,6 +731,8 @@ class Job:
         ------
         HpcftError: the run ends.
         """
+        if self._free:
+            self._free.close()
         if not self._left:
             # Hit before training: nothing of this process's is worth keeping.
             report = Report(self._world.world, 0, whole=True, broken=True, anew=True)
@@ -588,8 +745,12 @@ class Job:
         self.group.failure = None
 
     def _recover(self, state: State, agreed: bool) -> None:
-        was_spare = self.spare
         world = self._world
+        # One that was to join, and has not, is parked as far as MPI is concerned.
+        was_spare = self.spare or (world.active is None and not self._begun)
+        self._apart = False
+        if self._free and (was_spare or self._broken):
+            self._free.reset()
         assert self._savepoint is not None
         sharded = state.sharded()
         if self._checkpoints:
@@ -631,7 +792,8 @@ class Job:
             self._attend()
             self._place(state)
             self._savepoint = Savepoint(state)
-            self._attach_checkpoints(state)
+            if self._checkpoints:
+                self._save_with(world.active, state)
 
         try:
             recovery = self._heal(report, transfer, agreed, settle)
@@ -674,16 +836,22 @@ class Job:
                 active=world.membership.active,
                 epoch=world.membership.epoch,
             )
-            self._teller.recovered(recovery)
+            if self._free:
+                self._free.recovered(recovery.healing.before.epoch)
+            if recovery.healing.dead or not self._free:
+                self._teller.recovered(recovery)
             self._repetition.look(recovery)
         except HpcftError:
-            # The run ends; what came before that is to be told.
-            self._teller.tell()
-            if world.logical != 0:
-                # The first to say so ends all, also rank 0 while it is telling.
-                time.sleep(_LAST_WORDS)
+            self._last_words()
             raise
         return recovery
+
+    def _last_words(self) -> None:
+        """The run ends; what came before that is to be told."""
+        self._teller.tell()
+        if self._world.logical != 0:
+            # The first to say so ends all, also rank 0 while it is telling.
+            time.sleep(_LAST_WORDS)
 
     def _restore(self, state: State, comm: MPI.Intracomm) -> None:
         """Bring back from a checkpoint what no survivor has."""
@@ -717,6 +885,10 @@ class Job:
         # Of shards nobody has all bytes.
         wanted = self._options["digest"] and not state.sharded() and self._world.logical == 0
         self._teller.finished(state.step, state.digest() if wanted else None)
+
+
+def _nothing() -> None:
+    """What there is to do for who has begun."""
 
 
 def _shard_lost() -> StateLost:

@@ -286,6 +286,8 @@ class WorldProcessGroup(dist.ProcessGroup):
     def park(self, rank: int, size: int) -> None:
         """Make collectives local, claiming to be ``rank`` of ``size``."""
         self._comm, self._rank, self._size = None, rank, size
+        for group, _ in self._subgroups:
+            group.park(group.rank(), group.size())
 
     def subgroup(self, ranks: Sequence[int], alone: bool = False) -> WorldProcessGroup | None:
         """A group of some of the ranks, for ``dist.new_group``; None in a rank that is not in it.

@@ -16,12 +16,18 @@ class Mode:
         first. ``async``: each rank steps on its own and sends what it changes to the others.
         ``local-sgd``: each steps on its own, and now and then all average what they have.
     backup: with ``backup``: how many ranks a step can do without.
+    sync_every: with ``local-sgd``: steps from one averaging to the next.
+    elastic: and how far a rank moves towards the average: 1 is all of the way.
+    staleness: with ``async``: how many steps a rank may be ahead of the slowest.
     """
 
     name: Name = "sync"
     backup: int = 0
+    sync_every: int = 8
+    elastic: float = 1.0
+    staleness: int = 64
 
     @property
-    def lockstep(self) -> bool:
-        """Whether all ranks do the same steps together."""
-        return self.name in ("sync", "local-sgd")
+    def own_gradients(self) -> bool:
+        """Whether each rank steps on its own gradients."""
+        return self.name in ("async", "local-sgd")

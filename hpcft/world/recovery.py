@@ -77,8 +77,12 @@ from hpcft.world.membership import Healing, Membership, Policy, heal
 from hpcft.world.progress import Progress
 
 _FINISH_TAG = 7
+#: What the others may call for.
+_TO_FINISH, _TO_RECOVER = "finish", "recover"
 #: Begins each report that has arrived whole.
 _WHOLE = 0x68706366745F7271
+#: In place of a logical rank: of a spare, and of who has died.
+_PARKED, _GONE = -1, -2
 #: So often may an attempt fail by something else than a death before that is taken for an error.
 _MOST_ALIKE = 3
 #: Between two looks at whether an agreement is reached.
@@ -158,7 +162,10 @@ def state_lost() -> StateLost:
 
 
 def plan_transfer(
-    membership: Membership, reports: Mapping[int, Report], restorable: bool = False
+    membership: Membership,
+    reports: Mapping[int, Report],
+    restorable: bool = False,
+    apart: bool = False,
 ) -> Transfer:
     """Whose state is taken, and who needs it.
 
@@ -172,6 +179,7 @@ def plan_transfer(
     Parameters
     ----------
     restorable: there may be a checkpoint, from which can be brought back what all have lost.
+    apart: ranks may be at different steps, and hold different things; who has a state keeps it.
 
     Raises
     ------
@@ -195,8 +203,12 @@ def plan_transfer(
         logical
         for logical, w in enumerate(membership.active)
         if w != best
-        # Before the first step even survivors may hold different things.
-        and (step == 0 or reports[w].step != step or not reports[w].whole or reports[w].broken)
+        and (
+            reports[w].step < 0
+            or reports[w].broken
+            # Before the first step even survivors may hold different things.
+            or not (apart or (0 < step == reports[w].step and reports[w].whole))
+        )
     )
     return Transfer(membership.active.index(best), receivers, step, newest)
 
@@ -225,12 +237,17 @@ class World:
         self.hosts = hosts
         self.policy = policy
         self.world = comm.Get_rank()
+        self.world_size = comm.Get_size()
         self.launched = Membership.launch(comm.Get_size(), spares)
         self.membership = self.launched
         self._pool = comm.Dup()
         self._pool.Set_errhandler(MPI.ERRORS_RETURN)
+        #: The membership that the pool was made for.
+        self.agreed = self.launched
         #: Whether the state can be brought back should all have lost it; the same in all.
         self.restorable = False
+        #: Whether ranks may be at different steps, and in a membership that is not agreed on.
+        self.apart = False
         #: What went wrong, other than in MPI, in the last attempt to recover.
         self._trouble: Exception | None = None
         self.active: MPI.Intracomm | None = None
@@ -281,34 +298,52 @@ class World:
         finally:
             self.progress.leave()
 
-    def park(self) -> bool:
+    def park(self, wanted: Callable[[], bool] | None = None) -> bool | None:
         """Wait, as a spare, for the end of training or for a failure.
+
+        Parameters
+        ----------
+        wanted: looks whether this spare is to train, where ranks heal without agreeing on it.
 
         Returns
         -------
-        True if training is over; False if an active rank failed: then recover.
+        True if training is over; False if an active rank failed, or others recover: then recover.
+        None if it is wanted.
         """
         assert self.link is not None
         while True:
             self.link.news.wait(_PARKED_LOOK)
             # Before looking, so that what comes in between is seen next time.
             self.link.news.clear()
-            if self.broken():
+            if wanted is None and self.broken():
                 break
-            try:
-                if self._pool.Iprobe(MPI.ANY_SOURCE, _FINISH_TAG):
+            if wanted and wanted():
+                return None
+            if call := self._called():
+                if call == _TO_FINISH:
                     return self._agree_over(1)
-            except MPI.Exception as error:
-                if error.Get_error_class() == MPI.ERR_REVOKED:
-                    break
-                # Another spare is gone. Acknowledged, it no longer keeps us from probing.
-                self._pool.Ack_failed()
+                break
         self._revoke()
         return self._agree(0)
 
+    def called(self) -> bool:
+        """Whether others want an agreement of all; for who does without as long as nobody does."""
+        return bool(self._called())
+
+    def _called(self) -> str:
+        """What others want: that training is over, to recover, or nothing."""
+        try:
+            return _TO_FINISH if self._pool.Iprobe(MPI.ANY_SOURCE, _FINISH_TAG) else ""
+        except MPI.Exception as error:
+            if error.Get_error_class() == MPI.ERR_REVOKED:
+                return _TO_RECOVER
+            # Somebody is gone. Acknowledged, it no longer keeps us from probing.
+            self._pool.Ack_failed()
+            return ""
+
     def _pool_rank(self, world: int) -> int:
         # The pool keeps the order of world ranks, for shrinking does.
-        return self.membership.members.index(world)
+        return self.agreed.members.index(world)
 
     def _revoke(self) -> None:
         if self.active is not None:
@@ -326,7 +361,7 @@ class World:
 
     def _active_lost(self) -> bool:
         """Whether one of the acknowledged dead is an active rank."""
-        failed, members = self._pool.Get_failed(), self.membership.members
+        failed, members = self._pool.Get_failed(), self.agreed.members
         ranks = failed.Translate_ranks(None, self._pool.Get_group())
         return not {members[rank] for rank in ranks}.isdisjoint(self.membership.active)
 
@@ -391,7 +426,7 @@ class World:
             healing, plan, active, phases = result
         finally:
             self.progress.leave()
-        self.membership = healing.after
+        self.membership = self.agreed = healing.after
         self.active = active
         return Recovered(healing, plan, began, time.time(), attempts, phases)
 
@@ -412,6 +447,29 @@ class World:
             int(world): Report(int(world), int(step), bool(whole), bool(broken), bool(anew))
             for _, world, step, whole, broken, anew in rows
         }
+
+    def _latest(self, pool: MPI.Intracomm) -> Membership:
+        """The membership to heal, of those that the survivors have come to by themselves.
+
+        Raises
+        ------
+        ConnectionError: not all of them have arrived whole.
+        """
+        mine = self.membership
+        roles = {world: logical for logical, world in enumerate(mine.active)}
+        roles |= dict.fromkeys(mine.spares, _PARKED)
+        # By world rank: the part it plays.
+        row = [_WHOLE, mine.epoch]
+        row += [roles.get(world, _GONE) for world in range(self.world_size)]
+        rows = np.zeros((pool.Get_size(), len(row)), dtype=np.int64)
+        pool.Allgather(np.array(row, dtype=np.int64), rows)
+        if (rows[:, 0] != _WHOLE).any():
+            raise ConnectionError("a failure has cut the exchange of memberships short")
+        # Of equals the lowest rank's.
+        _, epoch, *parts = max(rows.tolist(), key=lambda found: found[1])
+        active = [world for world, part in enumerate(parts) if part >= 0]
+        spares = tuple(world for world, part in enumerate(parts) if part == _PARKED)
+        return Membership(epoch, tuple(sorted(active, key=lambda world: parts[world])), spares)
 
     def _attempt(
         self, report: Report, transfer: Callable[[MPI.Intracomm, Transfer], None]
@@ -437,9 +495,10 @@ class World:
         plan: Transfer | None = None
         with self._trying() as built:
             reports = self._exchange(pool, report)
+            before = self._latest(pool) if self.apart else self.membership
             try:
-                healing = heal(self.membership, frozenset(reports), self.hosts, self.policy)
-                plan = plan_transfer(healing.after, reports, self.restorable)
+                healing = heal(before, frozenset(reports), self.hosts, self.policy)
+                plan = plan_transfer(healing.after, reports, self.restorable, self.apart)
             except (TooFewRanks, StateLost) as error:
                 fatal = error
             else:

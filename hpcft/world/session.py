@@ -31,6 +31,7 @@ class Session:
         tensorboard.
     key: the same in all processes, and in no other run.
     mode: how the ranks work together.
+    listener: where other ranks call this process, if they do; and where all listen, by world rank.
     """
 
     world: World
@@ -38,6 +39,8 @@ class Session:
     options: dict[str, Any]
     key: str = ""
     mode: Mode = field(default_factory=Mode)
+    listener: socket.socket | None = None
+    addresses: dict[int, tuple[str, int]] = field(default_factory=dict)
 
 
 _current: Session | None = None
@@ -86,7 +89,15 @@ def meet(link: Link) -> None:
     world = World(comm, link, hosts, options["spares"], policy)
     echo = Echo(options["terminal"]) if options["verbose"] >= 2 else None
     rundir = RunDirectory(Path(options["run_dir"]), echo)
+    mode = Mode(**options["mode"])
+    listener: socket.socket | None = None
+    addresses: dict[int, tuple[str, int]] = {}
+    if mode.name == "async":
+        mine = peers[comm.rank]["address"]
+        # More wait here for their turn than there are ranks.
+        listener = socket.create_server((mine, 0), backlog=comm.size)
+        addresses = dict(enumerate(comm.allgather((mine, listener.getsockname()[1]))))
     comm.Barrier()
     link.send("met")
     journal = Journal(rundir, world, pids, options["restarts"])
-    _current = Session(world, journal, options, key, Mode(**options["mode"]))
+    _current = Session(world, journal, options, key, mode, listener, addresses)

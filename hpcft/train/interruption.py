@@ -1,0 +1,10 @@
+"""How a step is broken off."""
+
+from __future__ import annotations
+
+
+class StepInterrupted(BaseException):
+    """A rank has failed; the step is broken off at one of its two edges.
+
+    Not an Exception, so that a training loop's ``except Exception`` lets it pass.
+    """
