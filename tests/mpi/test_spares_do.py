@@ -90,7 +90,7 @@ PARAMETERS = ["0.weight", "0.bias", "1.weight", "1.bias", "4.weight", "4.bias"]
 def test_a_spare_that_is_adopted_drops_what_it_evaluates(
     launch: Launch, undisturbed: str, tmp_path: Path
 ) -> None:
-    run = launch(3, 1, 1, "--pace", "4", "--evaluate", "3600")
+    run = launch(3, 1, 2, "--pace", "4", "--evaluate", "3600")
     log = run.run_dir / "logs" / "rank-3.log"
     pid = wait_for(
         "an evaluation",
