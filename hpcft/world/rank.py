@@ -1,5 +1,7 @@
 """What a rank runs first: start MPI, meet the others, then run the user's script.
 
+A bystander (:mod:`hpcft.world.bystander`) runs the script alone.
+
 ``python -m hpcft.world.rank [-m] SCRIPT ARGS...``, started by the rank's shepherd, is the warm
 process that the rank itself is forked from.
 """

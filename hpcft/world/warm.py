@@ -1,4 +1,4 @@
-"""The warm process: Python with all that a rank imports, to fork ranks from.
+"""The warm process: Python with all that a rank imports, to fork ranks from, and bystanders.
 
 A rank that is started again pays for neither an interpreter nor torch, and all ranks that come
 from one warm process share its memory. When training has begun, a rank says which libraries its

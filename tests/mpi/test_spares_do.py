@@ -22,6 +22,9 @@ Launch = Callable[..., Training]
 
 pytestmark = pytest.mark.mpi
 
+#: Seconds for a process that gets only what others leave of the processors.
+PATIENCE = 240
+
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
@@ -51,20 +54,28 @@ def evaluations(run: Training) -> list[dict[str, float]]:
 
 def test_each_checkpoint_is_evaluated_by_one_of_the_spares(launch: Launch, tmp_path: Path) -> None:
     run = launch(2, 2, 3, "--steps", "3000", "--pace", "0.2", "--evaluate", "0")
-    wait_for("evaluations", lambda: len(evaluations(run)) >= 3 or run.process.poll() is not None)
+    wait_for(
+        "evaluations",
+        lambda: len(evaluations(run)) >= 3 or run.process.poll() is not None,
+        PATIENCE,
+    )
     run.process.send_signal(signal.SIGTERM)
     run.wait(75)
     found = evaluations(run)
     assert max(Counter(one["step"] for one in found).values()) == 1
     assert {one["world"] for one in found} <= {2, 3}
+    compared = 0
     for checkpoint in Store(tmp_path / "saved").committed():
         known = [one["weight"] for one in found if one["step"] == checkpoint.step]
-        if known:
+        # Not of one that was dropped between the two, as training ended.
+        if known and "validation/weight" in checkpoint.metrics:
             with h5py.File(checkpoint.state) as file:
                 parameters = [file[f"model/{name}"] for name in PARAMETERS]
                 weight = sum(numpy.sum(p[:], dtype=float) for p in parameters)
             assert known[0] == pytest.approx(weight, rel=1e-9)
             assert checkpoint.metrics["validation/weight"] == known[0]
+            compared += 1
+    assert compared >= 2
     assert "evaluated step" in run.output
     status = Status("a run", "interrupted", True, "", None, None, 0.0)
     told = story.tell(run.run_dir, status).as_json()
@@ -79,11 +90,12 @@ PARAMETERS = ["0.weight", "0.bias", "1.weight", "1.bias", "4.weight", "4.bias"]
 def test_a_spare_that_is_adopted_drops_what_it_evaluates(
     launch: Launch, undisturbed: str, tmp_path: Path
 ) -> None:
-    run = launch(3, 1, 2, "--pace", "0.5", "--evaluate", "3600")
+    run = launch(3, 1, 2, "--pace", "4", "--evaluate", "3600")
     log = run.run_dir / "logs" / "rank-3.log"
     pid = wait_for(
         "an evaluation",
         lambda: log.exists() and re.search(r"^evaluating step \d+ in (\d+)", log.read_text(), re.M),
+        PATIENCE,
     )[1]
     evaluator = psutil.Process(int(pid))
     workers = wait_for("its worker", evaluator.children)
