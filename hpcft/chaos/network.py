@@ -1,8 +1,9 @@
-"""Faults of links: cut, or lossy, between this host and the run's others; needs root and ``tc``."""
+"""Faults of links: cut, or lossy, between this host and the run's others; both need root."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ _USUAL = frozenset(("noqueue", "fq_codel", "pfifo_fast", "mq", "fq", "pfifo"))
 _HANDLE = "c4a0:"
 _BAND = "c4a0:4"
 _TIME = 10.0
+_NO_LINK = "the run is on one host, and its messages cross no link"
 
 
 class Lossy(Fault):
@@ -24,7 +26,7 @@ class Lossy(Fault):
 
     def prepare(self, task: Task) -> dict[str, Any]:
         if not task.peers:
-            raise Refused("the run is on one host, and its messages cross no link")
+            raise Refused(_NO_LINK)
         if shutil.which("tc") is None or shutil.which("ip") is None:
             raise Refused("there is no tc here, which loses packets", "install iproute2")
         by_device: dict[str, list[str]] = {}
@@ -37,11 +39,7 @@ class Lossy(Fault):
                     f"{device} has a queueing discipline already: {', '.join(sorted(strange))}",
                     "it would not be there any more afterwards",
                 )
-        return {"devices": by_device, "percent": self.percent(task)}
-
-    def percent(self, task: Task) -> float:
-        """Of the packets, that are lost."""
-        return task.amount
+        return {"devices": by_device, "percent": task.amount}
 
     def do(self, how: dict[str, Any]) -> None:
         for device, addresses in how["devices"].items():
@@ -64,11 +62,38 @@ class Lossy(Fault):
                 _call("tc", "qdisc", "del", "dev", device, "root")
 
 
-class Cut(Lossy):
-    """Nothing of what this host sends to the run's others gets there, acknowledgements neither."""
+class Cut(Fault):
+    """Nothing of what this host sends to the run's others leaves it, acknowledgements neither."""
 
-    def percent(self, task: Task) -> float:
-        return 100.0
+    def prepare(self, task: Task) -> dict[str, Any]:
+        if not task.peers:
+            raise Refused(_NO_LINK)
+        if shutil.which("ip") is None:
+            raise Refused("there is no ip here, which sets routes", "install iproute2")
+        if os.geteuid():
+            raise Refused("only root may cut a link")
+        if there := [peer for peer in task.peers if _holes(peer)]:
+            raise Refused(f"what is sent to {', '.join(there)} is dropped already")
+        return {"peers": list(task.peers)}
+
+    def do(self, how: dict[str, Any]) -> None:
+        for peer in how["peers"]:
+            # More exact than any other route to it, which stay as they are.
+            _call("ip", _family(peer), "route", "add", "blackhole", peer)
+
+    def undo(self, how: dict[str, Any]) -> None:
+        for peer in how["peers"]:
+            if _holes(peer):
+                _call("ip", _family(peer), "route", "del", "blackhole", peer)
+
+
+def _holes(peer: str) -> list[dict[str, Any]]:
+    """The routes by which what is sent to a host is dropped."""
+    return _asked("ip", "-j", _family(peer), "route", "show", "type", "blackhole", "exact", peer)
+
+
+def _family(address: str) -> str:
+    return "-6" if ":" in address else "-4"
 
 
 def _device(address: str) -> str:

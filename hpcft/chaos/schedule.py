@@ -77,12 +77,12 @@ class Order:
     @property
     def text(self) -> str:
         """As a schedule has it."""
-        said = [f"{self.at:g}s", self.kind]
+        said = [f"{self.at:.12g}s", self.kind]
         said += [f"rank={self.rank}"] if self.rank is not None else []
         said += ["spare"] if self.spare else []
         said += [f"host={self.host}"] if self.host else []
-        said += [f"for={self.seconds:g}s"] if self.kind in _LASTING else []
-        said += [f"{_AMOUNTS[self.kind][0]}={self.amount:g}"] if self.kind in _AMOUNTS else []
+        said += [f"for={self.seconds:.12g}s"] if self.kind in _LASTING else []
+        said += [f"{_AMOUNTS[self.kind][0]}={self.amount:.12g}"] if self.kind in _AMOUNTS else []
         return " ".join([*said, "newest"] if self.newest else said)
 
 

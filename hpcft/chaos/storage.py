@@ -14,7 +14,9 @@ from hpcft.chaos import notes
 from hpcft.chaos.faults import Fault, Refused, Task
 from hpcft.chaos.processes import rank
 from hpcft.ckpt import filesystem
-from hpcft.ckpt.store import Store, files
+from hpcft.ckpt.index import Damaged
+from hpcft.ckpt.reader import opened
+from hpcft.ckpt.store import Checkpoint, Store
 
 #: Bytes that are left on a full disk.
 _RESERVE = 1 << 20
@@ -116,14 +118,11 @@ class Corrupt(Fault):
             )
         # The oldest may be given up for a new one at any moment.
         chosen = committed[-1] if task.newest else committed[-2]
-        file = max(files(chosen.path), key=lambda one: one.stat().st_size)
-        with file.open("rb") as opened:
-            offset = os.fstat(opened.fileno()).st_size // 2
-            opened.seek(offset)
-            right = opened.read(_WRONG)
-            inode = os.fstat(opened.fileno()).st_ino
-        if not right:
-            raise Refused(f"{file} is empty already")
+        file, offset, length = _longest(chosen)
+        with file.open("rb") as whole:
+            whole.seek(offset)
+            right = whole.read(min(length, _WRONG))
+            inode = os.fstat(whole.fileno()).st_ino
         if any(note.how.get("path") == str(file) for _, note in notes.left(task.run_dir)):
             raise Refused(f"{file} has wrong bytes already")
         return {"path": str(file), "inode": inode, "offset": offset, "right": right.hex()}
@@ -143,6 +142,24 @@ class Corrupt(Fault):
                 file.write(wanted)
                 file.flush()
                 os.fsync(file.fileno())
+
+
+def _longest(checkpoint: Checkpoint) -> tuple[Path, int, int]:
+    """Where most of a checkpoint lies together: the file, the offset in it, how many bytes.
+
+    Raises
+    ------
+    Refused: it cannot be read.
+    """
+    try:
+        with opened(checkpoint.state) as found:
+            rows = found.index.table
+            if not len(rows):
+                raise Refused(f"{checkpoint.path} has no tensors")
+            _, _, length, number, offset = map(int, rows[rows[:, 2].argmax()])
+            return checkpoint.path / found.index.files[number].name, offset, length
+    except (Damaged, OSError) as error:
+        raise Refused(f"{checkpoint.path} cannot be read: {error}") from error
 
 
 def _flipped(how: dict[str, Any]) -> bytes:

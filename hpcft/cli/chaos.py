@@ -39,7 +39,7 @@ A schedule has a line for each fault: when (after the begin), what, to whom, and
     30s  hang     rank=1 for=5s  # SIGSTOP for so long
     40s  slow     rank=0 for=20s factor=3      # takes three times as long, by SIGSTOP and SIGCONT
     70s  node     host=n2        # all ranks on a host, and their shepherds
-    80s  cut      host=n3 for=10s              # from the run's other hosts; needs root and tc
+    80s  cut      host=n3 for=10s              # from the run's other hosts; needs root
     90s  lossy    host=n3 for=20s percent=5    # so many packets are lost; needs root and tc
     2m   memory   rank=2 for=10s percent=80    # of what its control group, or the host, has free
     3m   corrupt  for=1m         # wrong bytes in the last checkpoint but one; newest: in that

@@ -11,6 +11,7 @@
     report.html    written by `hpcft report`, if somebody has asked for it
     laps/          how the ranks spend their steps, rank-<world rank>.jsonl (hpcft.telemetry.laps)
     tensorboard/   what TensorBoard shows of it (--tensorboard)
+    chaos/         what `hpcft chaos` has still to undo
     logs/          stdout and stderr of every process, rank-<world rank>.log
     called-off-*   only where ranks did not start: the launch it names has failed
 """

@@ -22,8 +22,8 @@ def intervals(run: Training) -> list[dict[str, Any]]:
 
 def test_saves_that_hold_training_up_become_rarer(launch: Launch, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
-    # 27 MB through a pool of 16 MB, at 5 MB/s: training waits for two seconds.
-    slow = ["--ckpt-memory", "16M", "--ckpt-bandwidth", "5M"]
+    # 27 MB through a pool of 16 MB, at 8 MB/s: training waits for a second.
+    slow = ["--ckpt-memory", "16M", "--ckpt-bandwidth", "8M"]
     run = launch(
         *("--nproc", "1", "--ckpt-dir", str(folder), "--ckpt-every", "auto:5s", *slow),
         program=["--width", "100000", "--steps", "1000000"],
