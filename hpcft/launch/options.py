@@ -75,6 +75,7 @@ class RunOptions:
     on_failure: tuple[str, ...]
     mode: Mode
     replace_stragglers: bool
+    balance: bool
     run_dir: Path
     timeout_detect: float
     timeout_progress: float
@@ -176,6 +177,14 @@ def _parser() -> argparse.ArgumentParser:
         "spare, at the end of a step; nothing is lost. It waits as a spare, and is trusted again "
         "when it has become as fast as the others; at most one such change a minute. Needs "
         "--spares (default: stragglers are reported, and stay)",
+    )
+    add(
+        "--balance",
+        action="store_true",
+        help="where ranks differ lastingly in speed, share the batch out in proportion, and "
+        "average accordingly; for scripts with one hpcft.ElasticBatchSampler. Who has which "
+        "samples then follows from measured times, and is not the same in another run (default: "
+        "all ranks have the same)",
     )
     add(
         "--max-relaunch",
@@ -431,6 +440,7 @@ def parse(argv: list[str]) -> RunOptions:
         on_failure=ways,
         mode=mode,
         replace_stragglers=_replace_stragglers(given, ways, mode),
+        balance=_balance(given, mode),
         run_dir=run_dir,
         timeout_detect=given.timeout_detect,
         timeout_progress=given.timeout_progress,
@@ -476,6 +486,16 @@ def _replace_stragglers(given: argparse.Namespace, ways: tuple[str, ...], mode: 
         raise UsageError(
             f"--replace-stragglers is not for --mode {mode.name}, in which a slow rank holds up "
             "nobody",
+            "leave one of them away",
+        )
+    return wanted
+
+
+def _balance(given: argparse.Namespace, mode: Mode) -> bool:
+    wanted: bool = given.balance
+    if wanted and mode.name != "sync":
+        raise UsageError(
+            f"--balance is for steps that all ranks take together, and not for --mode {mode.name}",
             "leave one of them away",
         )
     return wanted

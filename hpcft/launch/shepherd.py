@@ -410,6 +410,7 @@ class Shepherd:
             "min_ranks": options.min_ranks,
             "on_failure": options.on_failure,
             "mode": asdict(options.mode),
+            "balance": options.balance,
             "verbose": options.verbose,
             "warm": options.warm,
             "digest": options.digest,

@@ -9,6 +9,8 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
+from statistics import median
 from typing import Literal
 
 import numpy
@@ -19,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hpcft.errors import INTERRUPTED, HpcftError, StateLost
 from hpcft.train.accelerator import in_use
 from hpcft.train.averaging import averaging_hook
+from hpcft.train.balance import Balance
 from hpcft.train.buckets import Buckets
 from hpcft.train.checkpoints import CommRanks
 from hpcft.train.lasting import Lasting
@@ -27,7 +30,7 @@ from hpcft.train.sampler import ElasticBatchSampler
 from hpcft.train.state import Savepoint, State
 from hpcft.train.transfer import Arrival, give
 from hpcft.world import garbage, warm
-from hpcft.world.departure import Departure
+from hpcft.world.departure import Departure, Replacement
 from hpcft.world.recovery import Recovered, Report, Transfer, state_lost
 from hpcft.world.script import ScriptInterrupted
 
@@ -51,6 +54,9 @@ class Outcome(enum.Enum):
 _DRY_STEPS = 2
 _MOST_DRY_STEPS = 16
 
+#: Steps by which a spare tries how fast it is; the time of the first is not taken.
+_TRIAL_STEPS = 10
+
 #: Seconds that rank 0 gets to write down how the run ended.
 _LAST_WORDS = 1.0
 
@@ -64,6 +70,10 @@ class StepInterrupted(BaseException):
 
 class _Leaving(BaseException):
     """All leave at the end of this step, for the run was asked to end."""
+
+
+class _Replacing(BaseException):
+    """At the end of this step slow ranks change places with spares."""
 
 
 class _DryRunOver(BaseException):
@@ -106,9 +116,13 @@ class Job:
         self._idle: set[torch.optim.Optimizer] | None = None
         self._savepoint: Savepoint | None = None
         self._samplers: list[ElasticBatchSampler] = []
+        self._balance: Balance | None = None
         self._shared_buffers: list[torch.Tensor] = []
         self._warmed = False
         self._leaving = False
+        self._steps_down = False
+        #: When the dry steps of a trial were done; None if there is no trial.
+        self._trial: list[float] | None = None
         if self._world.active is None:
             # Like the last rank: script code for rank 0 (printing, saving) is not run on spares.
             self.group.park(self.size - 1, self.size)
@@ -197,6 +211,13 @@ class Job:
                 'on_shrink="keep-global-batch" needs to know the batches',
                 "track exactly one hpcft.ElasticBatchSampler in the state",
             )
+        if self._options.get("balance"):
+            if len(self._samplers) != 1:
+                raise HpcftError(
+                    "--balance needs to know the batches",
+                    "track exactly one hpcft.ElasticBatchSampler in the state",
+                )
+            self._balance = Balance(self._samplers[0])
         self._place(state)
         self._savepoint = Savepoint(state)
 
@@ -230,6 +251,8 @@ class Job:
         random.seed(self._step_seed)
 
     def _before_forward(self, *_: object) -> None:
+        if self._trial is not None and self._world.called():
+            raise _DryRunOver
         # Again, for a loader that is made anew after a failure has drawn a number meanwhile.
         if not self._seeded_forward:
             self._seeded_forward = True
@@ -284,11 +307,17 @@ class Job:
         if self._dry:
             self._buckets.settle()
             self._dry -= 1
+            if self._trial is not None:
+                self._trial.append(time.monotonic())
+                if self._dry and not self._world.called():
+                    return
+                raise _DryRunOver
             enough = self._dry <= _MOST_DRY_STEPS - _DRY_STEPS and self._buckets.settled
             if enough or not self._dry:
                 raise _DryRunOver
             return
         state.__dict__["step"] += 1
+        samples = self._samplers[0].local_count if self._balance else 0
         for sampler in self._samplers:
             sampler.advance()
         # A collective that failed after the optimizer's step has given its caller a wrong answer;
@@ -309,6 +338,13 @@ class Job:
         if link := self._world.link:
             for departure in link.departures.asked():
                 self._leave_or_go_on(state, departure)
+            if link.departures.replacement.asked:
+                self._replace_or_go_on(state, link.departures.replacement)
+        if self._balance:
+            with self._world.progress.waiting():
+                weights = self._balance.edge(state.step, samples, self._pace.computed)
+            if weights:
+                self._teller.shared_out(state.step, weights)
         self._pace.ended()
         self._begin_step(state)
 
@@ -319,6 +355,23 @@ class Job:
         if over:
             raise _Leaving
         if self._failed_here_or_there():
+            raise StepInterrupted
+
+    def _replace_or_go_on(self, state: State, replacement: Replacement) -> None:
+        """Slow ranks are to change places with spares; see whether this is the step for that."""
+        with self._world.progress.waiting():
+            over = replacement.over(state.step, self._failed_here_or_there)
+        if over and (state.sharded() or not self.group.healable):
+            # That would cost all a start of their scripts; the same is found by all.
+            replacement.forget()
+            if self.rank == 0:
+                what = "its state is sharded" if state.sharded() else "it uses groups of some ranks"
+                self._teller.say(f"hpcft: no rank is replaced while this script runs, as {what}")
+        elif over:
+            self._steps_down = self._world.world in replacement.worlds
+            self._world.gather()
+            raise _Replacing
+        elif self._failed_here_or_there():
             raise StepInterrupted
 
     def _failed_here_or_there(self) -> bool:
@@ -348,7 +401,8 @@ class Job:
         if self.spare:
             assert link is not None
             link.departures.wait()
-            return Outcome.OVER if self._world.park() else Outcome.AGREED
+            over = self._world.park(lambda: self._try(train, state))
+            return Outcome.OVER if over else Outcome.AGREED
         try:
             if self._world.membership.epoch == self._epoch:
                 self._start(state)
@@ -357,7 +411,7 @@ class Job:
                 link.departures.begin(self._world.membership.epoch)
             while not self._trained(train, state):
                 pass
-        except StepInterrupted:
+        except (StepInterrupted, _Replacing):
             return Outcome.BROKEN_OFF
         except MPI.Exception:
             return Outcome.BROKEN_OFF
@@ -427,6 +481,8 @@ class Job:
         if self._checkpoints:
             self._checkpoints.check(state)
             self._checkpoints.attach(comm, state)
+        if self._balance:
+            self._balance.begin(comm, state.step)
         self._teller.restored(state.step)
         self._place(state)
         self._savepoint.renew()
@@ -444,6 +500,27 @@ class Job:
             traceback.print_exc()
         self._dry = 0
         self._warmed = True
+
+    def _try(self, train: Callable[[State], None], state: State) -> None:
+        """Find out, if that is wanted, how long a step takes this spare, which was slow."""
+        link = self._world.link
+        assert link is not None
+        if not link.probe.is_set():
+            return
+        link.probe.clear()
+        if state.sharded():
+            return
+        self._trial, self._dry = [], _TRIAL_STEPS
+        try:
+            train(state)
+        except _DryRunOver:
+            pass
+        except Exception:
+            print("hpcft: the dry steps of a spare failed:", file=sys.stderr)
+            traceback.print_exc()
+        times, self._trial, self._dry = self._trial, None, 0
+        if len(times) == _TRIAL_STEPS:
+            link.send("probed", seconds=median(b - a for a, b in pairwise(times)))
 
     def _settle(self, train: Callable[[State], None], state: State) -> None:
         """Begin a step for nobody, as a failure came before this rank had completed a first one."""
@@ -489,8 +566,9 @@ class Job:
         self.group.failure = None
 
     def _recover(self, state: State, agreed: bool) -> None:
-        was_spare = self.spare
-        world = self._world
+        was_spare, former = self.spare, self._world.logical
+        world, link = self._world, self._world.link
+        assert link is not None
         assert self._savepoint is not None
         sharded = state.sharded()
         if self._checkpoints:
@@ -504,7 +582,10 @@ class Job:
             whole=self._whole,
             broken=self._broken or sharded or not self._begun,
             anew=sharded,
+            slow=link.slow,
+            steps_down=self._steps_down,
         )
+        self._steps_down = False
         arrival = Arrival(state, in_place=was_spare)
 
         def transfer(comm: MPI.Intracomm, plan: Transfer) -> None:
@@ -518,7 +599,11 @@ class Job:
                 arrival.receive(comm, plan)
 
         def settle(recovery: Recovered) -> None:
-            if recovery.transfer.anew or world.logical is None:
+            if recovery.transfer.anew:
+                return
+            if world.logical is None:
+                if not was_spare:
+                    self._park(was_first=former == 0)
                 return
             assert world.active is not None
             if world.logical in recovery.transfer.receivers:
@@ -531,6 +616,8 @@ class Job:
             self._whole = self._begun = True
             self._place(state)
             self._savepoint = Savepoint(state)
+            if self._balance:
+                self._balance.begin(world.active, state.step)
             if self._checkpoints:
                 self._checkpoints.attach(world.active, state)
 
@@ -545,6 +632,12 @@ class Job:
             # For what the script does while it is unwound.
             self.group.failure = self.group.failure or MPI.Exception(MPI.ERR_REVOKED)
             raise ScriptInterrupted
+
+    def _park(self, was_first: bool) -> None:
+        """Wait as a spare from now on, having trained."""
+        self.group.park(self.size - 1, self.size)
+        if self._checkpoints and was_first:
+            self._checkpoints.hand_on()
 
     def _heal(
         self,

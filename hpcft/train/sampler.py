@@ -9,6 +9,7 @@ from torch.utils.data import Sampler
 
 from hpcft.errors import HpcftError
 from hpcft.train.partition import Position, batch_count, permutation, settle, share
+from hpcft.train.shares import Place, Plan, Weights
 
 
 class ElasticBatchSampler(Sampler[list[int]]):
@@ -53,6 +54,10 @@ class ElasticBatchSampler(Sampler[list[int]]):
         self._drop_last = drop_last
         self._rank, self._ranks, self._batch = 0, 1, batch_size
         self._position = Position()
+        self._plan = Plan()
+        #: As it is to be from the next commit on.
+        self._planned = self._plan
+        self._read: Place = (0, 0)
 
     def place(self, rank: int, ranks: int, global_batch: int | None = None) -> None:
         """Say whose batches these are.
@@ -67,7 +72,32 @@ class ElasticBatchSampler(Sampler[list[int]]):
         """
         self._rank, self._ranks = rank, ranks
         self._batch = global_batch or self.batch_size * ranks
+        if not self._plan.fits(ranks):
+            # Whose the weights were is not known.
+            self._plan = Plan()
+        self._planned = self._plan
         self._settle(self._position)
+        self._read = (self._position.epoch, self._position.consumed)
+
+    def share_out(self, weights: Weights, since: Place) -> None:
+        """Share out in proportion to these weights, one for each rank, from a batch on.
+
+        Part of the state when the next step is committed; until then :meth:`place` undoes it.
+
+        Parameters
+        ----------
+        since: where that batch begins; not before :attr:`read`, in any rank.
+        """
+        here = (self._position.epoch, self._position.consumed)
+        self._planned = self._plan.changed(weights, since, here)
+
+    @property
+    def read(self) -> Place:
+        """Up to where batches have been taken from this sampler."""
+        return max(self._read, (self._position.epoch, self._position.consumed))
+
+    def _share(self, count: int, epoch: int, consumed: int) -> tuple[int, int]:
+        return share(count, self._rank, self._ranks, self._planned.at((epoch, consumed)))
 
     def _settle(self, position: Position) -> None:
         try:
@@ -91,21 +121,25 @@ class ElasticBatchSampler(Sampler[list[int]]):
     @property
     def local_count(self) -> int:
         """Samples of this rank in the step that comes next."""
-        start, stop = share(self.global_count, self._rank, self._ranks)
+        at = self._position
+        start, stop = self._share(self.global_count, at.epoch, at.consumed)
         return stop - start
 
     def advance(self) -> None:
         """A step is committed."""
         at = self._position
+        self._plan = self._planned
         self._settle(Position(at.epoch, at.consumed + self.global_count))
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, consumed = self._position.epoch, self._position.consumed
         order = permutation(self.size, epoch, self._seed, self._shuffle)
         while count := self._count(consumed):
-            start, stop = share(count, self._rank, self._ranks)
-            yield order[consumed + start : consumed + stop].tolist()
+            start, stop = self._share(count, epoch, consumed)
+            batch = order[consumed + start : consumed + stop].tolist()
             consumed += count
+            self._read = (epoch, consumed)
+            yield batch
 
     def __len__(self) -> int:
         """Steps left in the epoch."""
@@ -115,8 +149,10 @@ class ElasticBatchSampler(Sampler[list[int]]):
 
     def state_dict(self) -> dict[str, Any]:
         """The position, for the state."""
-        return {"epoch": self._position.epoch, "consumed": self._position.consumed}
+        position = {"epoch": self._position.epoch, "consumed": self._position.consumed}
+        return position | ({"shares": self._plan.as_numbers()} if self._plan.stages else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a position :meth:`state_dict` gave."""
         self._position = Position(state["epoch"], state["consumed"])
+        self._plan = self._planned = Plan.of(state.get("shares", []))

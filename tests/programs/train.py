@@ -29,6 +29,12 @@ def main() -> None:
     parser.add_argument(
         "--slow", type=int, default=-1, help="this rank sleeps 50 ms more in a step"
     )
+    parser.add_argument(
+        "--slow-process", type=int, default=-1, help="as --slow, but whatever rank it plays"
+    )
+    parser.add_argument(
+        "--slow-until", default="", metavar="FILE", help="that is as fast again once this is there"
+    )
     parser.add_argument("--until", default="", metavar="FILE", help="no pace once this is there")
     parser.add_argument("--busy", type=float, default=0.0, help="seconds holding the GIL, step 5")
     parser.add_argument("--width", type=int, default=32)
@@ -105,7 +111,8 @@ def main() -> None:
                 inputs, targets = inputs.to(args.device), targets.to(args.device)
                 if state.step == args.raise_at and job.rank == 1 and not job.spare:
                     raise ValueError("this script is wrong")
-                if job.rank == args.slow:
+                slow = original == args.slow_process and not os.path.exists(args.slow_until)
+                if slow or job.rank == args.slow:
                     time.sleep(0.05)
                 loss = F.cross_entropy(model(inputs), targets)
                 optimizer.zero_grad()
