@@ -217,6 +217,12 @@ class Job:
                     "--balance needs to know the batches",
                     "track exactly one hpcft.ElasticBatchSampler in the state",
                 )
+            if state.sharded():
+                raise HpcftError(
+                    "--balance needs DistributedDataParallel, which averages by samples; sharded "
+                    "modules average by ranks",
+                    "leave it away",
+                )
             self._balance = Balance(self._samplers[0])
         self._place(state)
         self._savepoint = Savepoint(state)

@@ -41,14 +41,15 @@ def main() -> None:
     def train(state: hpcft.State) -> None:
         while sampler.epoch < args.epochs:
             for numbers, features, targets in loader:
+                # Before the others can have completed the step with what this rank gives them.
+                seen = " ".join(map(str, numbers.tolist()))
+                if not job.spare:
+                    print(f"samples of step {state.step} epoch {sampler.epoch}: {seen}", flush=True)
                 time.sleep(len(numbers) * (0.006 if slow else 0.002))
                 loss = nn.functional.mse_loss(model(features), targets)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                seen = " ".join(map(str, numbers.tolist()))
-                if not job.spare:
-                    print(f"samples of step {state.step} epoch {sampler.epoch}: {seen}", flush=True)
                 state.commit(loss=loss.item())
 
     job.run(train, state)
