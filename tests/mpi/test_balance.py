@@ -36,10 +36,10 @@ def test_the_slow_rank_has_less_and_the_result_is_the_same(tmp_path: Path, worke
     run.start()
 
     def in_force() -> bool:
-        """Whether rank 1 has had fewer samples than at first."""
+        """Whether rank 1 has had fewer samples than at first in some steps."""
         log = run.run_dir / "logs" / "rank-1.log"
         said = re.findall(r"^samples of .*: (.*)\n", log.read_text() if log.exists() else "", re.M)
-        return any(len(numbers.split()) < 8 for numbers in said[:40])
+        return sum(len(numbers.split()) < 8 for numbers in said[:40]) >= 3
 
     wait_for("other shares", lambda: in_force() or run.process.poll() is not None)
     # They are part of the state, which a spare takes over.
@@ -52,7 +52,8 @@ def test_the_slow_rank_has_less_and_the_result_is_the_same(tmp_path: Path, worke
     # Each sample once an epoch, of what was committed: who does a step again has it again.
     seen: dict[tuple[int, int], dict[int, list[int]]] = {}
     for number, log in enumerate(sorted(run.run_dir.glob("logs/rank-*.log"))):
-        said = re.findall(r"^samples of step (\d+) epoch (\d+): (.*)$", log.read_text(), re.M)
+        # A line that the kill has torn is of a step that is done again.
+        said = re.findall(r"^samples of step (\d+) epoch (\d+): ([\d ]+)$", log.read_text(), re.M)
         for step, epoch, numbers in said:
             rank = 0 if number == 2 else number
             seen.setdefault((int(epoch), int(step)), {})[rank] = [int(n) for n in numbers.split()]
