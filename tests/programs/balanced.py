@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 
 import torch
@@ -44,7 +45,10 @@ def main() -> None:
                 # Before the others can have completed the step with what this rank gives them.
                 seen = " ".join(map(str, numbers.tolist()))
                 if not job.spare:
-                    print(f"samples of step {state.step} epoch {sampler.epoch}: {seen}", flush=True)
+                    # In one piece, for others write to the same log.
+                    line = f"samples of step {state.step} epoch {sampler.epoch}: {seen}\n"
+                    sys.stdout.write(line)
+                    sys.stdout.flush()
                 time.sleep(len(numbers) * (0.006 if slow else 0.002))
                 loss = nn.functional.mse_loss(model(features), targets)
                 optimizer.zero_grad()
