@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from statistics import median_low
 
 from hpcft.launch.channel import Message
 from hpcft.telemetry.laps import quantile
@@ -94,7 +95,7 @@ class Laps:
 class Evidence:
     """Why a process is slow, or no longer.
 
-    waiting, others_waiting: seconds in a step waited by it, and by the median of the ranks.
+    waiting, others_waiting: seconds in a step waited by it, and by the median of the others.
     since: when the first round of those that count began; seconds since 1970.
     """
 
@@ -151,16 +152,14 @@ class Judge:
 
     def _round(self, notes: Mapping[int, Note], slow: Set[int]) -> list[Evidence]:
         standings = compare({world: note.compute for world, note in notes.items()})
-        waits = sorted(note.waiting for note in notes.values())
-        others_waiting = waits[(len(waits) - 1) // 2]
         changed = []
         for world, standing in standings.items():
             self.others = standing.others
             note = notes[world]
-            counts, other = self._behind, self._alike
+            counts, former = self._behind, self._alike
             if standing.alike:
-                counts, other = other, counts
-            other.pop(world, None)
+                counts, former = former, counts
+            former.pop(world, None)
             if not (standing.far or standing.alike):
                 # That proves nothing.
                 counts.pop(world, None)
@@ -169,6 +168,9 @@ class Judge:
             if counts[world] == 1:
                 self._since[world] = note.began
             if counts[world] >= _ROUNDS and standing.far != (world in slow):
+                others_waiting = median_low(
+                    other.waiting for other in notes.values() if other is not note
+                )
                 changed.append(
                     Evidence(
                         world,

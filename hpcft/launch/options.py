@@ -79,6 +79,7 @@ class RunOptions:
     mode: Mode
     spares_do: tuple[Duty, ...]
     replace_stragglers: bool
+    balance: bool
     run_dir: Path
     timeout_detect: float
     timeout_progress: float
@@ -212,6 +213,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="K",
         help="with --mode async: a rank that is K steps ahead of the slowest waits for it "
         "(default 64)",
+    )
+    add(
+        "--balance",
+        action="store_true",
+        help="where ranks differ lastingly in speed, share the batch out in proportion, and "
+        "average accordingly; for scripts with one hpcft.ElasticBatchSampler. Who has which "
+        "samples then follows from measured times, and is not the same in another run (default: "
+        "all ranks have the same)",
     )
     add(
         "--max-relaunch",
@@ -471,6 +480,7 @@ def parse(argv: list[str]) -> RunOptions:
         mode=mode,
         spares_do=_spares_do(given),
         replace_stragglers=_replace_stragglers(given, ways, mode),
+        balance=_balance(given, mode),
         run_dir=run_dir,
         timeout_detect=given.timeout_detect,
         timeout_progress=given.timeout_progress,
@@ -541,6 +551,16 @@ def _replace_stragglers(given: argparse.Namespace, ways: tuple[str, ...], mode: 
         raise UsageError(
             f"--replace-stragglers is not for --mode {mode.name}, in which a slow rank holds up "
             "nobody",
+            "leave one of them away",
+        )
+    return wanted
+
+
+def _balance(given: argparse.Namespace, mode: Mode) -> bool:
+    wanted: bool = given.balance
+    if wanted and mode.name != "sync":
+        raise UsageError(
+            f"--balance is for steps that all ranks take together, and not for --mode {mode.name}",
             "leave one of them away",
         )
     return wanted

@@ -418,6 +418,7 @@ class Shepherd:
             "on_failure": options.on_failure,
             "mode": asdict(options.mode),
             "spares_do": options.spares_do,
+            "balance": options.balance,
             "verbose": options.verbose,
             "warm": options.warm,
             "digest": options.digest,

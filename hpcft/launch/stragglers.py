@@ -27,8 +27,8 @@ from hpcft.world.departure import LEAVE, RESIZE, replacing
 #: Seconds between two replacements; and between two of the same logical rank, for if whoever plays
 #: it is slow it is the work.
 _REST, _SAME_RANK = 60.0, 600.0
-#: Seconds until a slow rank that was made a spare is tried first, doubled each time, and with each
-#: time that it was found slow; and at most.
+#: Seconds until a slow rank that was made a spare is tried first, doubled with each time that it
+#: has not passed or was found slow; and at most.
 _FIRST_PROBE, _LAST_PROBE = 5.0, 300.0
 #: Trials in a row that must have gone well.
 _PROBES = 2
@@ -137,7 +137,8 @@ class Stragglers:
 
     def _probe(self) -> None:
         self._tell({"kind": "probe"})
-        self._patience = min(2 * self._patience, _LAST_PROBE)
+        if not self._passed[self._fleet.rank]:
+            self._patience = min(2 * self._patience, _LAST_PROBE)
         self._wait()
 
     # -- all ranks -----------------------------------------------------------------------------

@@ -295,8 +295,18 @@ class Checkpoints:
         """This process plays rank 0, now if not before: have the lock, when that is free."""
         self._lock.pursue(self._policy.timeout, self._occupied)
 
+    def hand_on(self) -> None:
+        """This process plays rank 0 no longer: let who does have the directory.
+
+        Raises
+        ------
+        MPI.Exception: a rank has failed.
+        """
+        self.settle()
+        self.close()
+
     def close(self) -> None:
-        """Training is over: let others have the directory."""
+        """Training is over here: let others have the directory."""
         if self._saver.hangs:
             # What hangs may yet write. The lock ends with the process.
             return

@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import pairwise
+from statistics import median
 from typing import Literal
 
 import numpy
@@ -22,6 +24,7 @@ from hpcft.train.accelerator import in_use
 from hpcft.train.asynchronous import Asynchronous
 from hpcft.train.averaging import averaging_hook
 from hpcft.train.backup import Backup, Late, backup_hook
+from hpcft.train.balance import Balance
 from hpcft.train.buckets import Buckets
 from hpcft.train.checkpoints import CommRanks
 from hpcft.train.evaluation import Evaluate
@@ -33,7 +36,7 @@ from hpcft.train.sampler import ElasticBatchSampler
 from hpcft.train.state import Savepoint, State
 from hpcft.train.transfer import Arrival, give
 from hpcft.world import garbage, warm
-from hpcft.world.departure import Departure
+from hpcft.world.departure import Departure, Replacement
 from hpcft.world.membership import Healing
 from hpcft.world.recovery import Recovered, Report, Transfer, state_lost
 from hpcft.world.script import ScriptInterrupted
@@ -58,12 +61,19 @@ class Outcome(enum.Enum):
 _DRY_STEPS = 2
 _MOST_DRY_STEPS = 16
 
+#: Steps by which a spare tries how fast it is; the time of the first is not taken.
+_TRIAL_STEPS = 10
+
 #: Seconds that rank 0 gets to write down how the run ended.
 _LAST_WORDS = 1.0
 
 
 class _Leaving(BaseException):
     """All leave at the end of this step, for the run was asked to end."""
+
+
+class _Replacing(BaseException):
+    """At the end of this step slow ranks change places with spares."""
 
 
 class _DryRunOver(BaseException):
@@ -118,9 +128,13 @@ class Job:
             cohorts, failed = self._world.link.cohorts, self._failed_here_or_there
             self._backup = Backup(self.group, self._world, cohorts, failed)
         self._samplers: list[ElasticBatchSampler] = []
+        self._balance: Balance | None = None
         self._shared_buffers: list[torch.Tensor] = []
         self._warmed = False
         self._leaving = False
+        self._steps_down = False
+        #: When the dry steps of a trial were done; None if there is no trial.
+        self._trial: list[float] | None = None
         if self._world.active is None:
             # Like the last rank: script code for rank 0 (printing, saving) is not run on spares.
             self.group.park(self.size - 1, self.size)
@@ -225,6 +239,19 @@ class Job:
                 'on_shrink="keep-global-batch" needs to know the batches',
                 "track exactly one hpcft.ElasticBatchSampler in the state",
             )
+        if self._options.get("balance"):
+            if len(self._samplers) != 1:
+                raise HpcftError(
+                    "--balance needs to know the batches",
+                    "track exactly one hpcft.ElasticBatchSampler in the state",
+                )
+            if state.sharded():
+                raise HpcftError(
+                    "--balance needs DistributedDataParallel, which averages by samples; sharded "
+                    "modules average by ranks",
+                    "leave it away",
+                )
+            self._balance = Balance(self._samplers[0])
         self._choose_mode(state)
         self._place(state)
         self._savepoint = Savepoint(state)
@@ -307,7 +334,13 @@ class Job:
         numpy.random.seed(self._step_seed & 0xFFFFFFFF)
         random.seed(self._step_seed)
 
+    def _needed(self) -> bool:
+        """Whether the others may want something of this spare."""
+        return self._world.broken() or self._world.called()
+
     def _before_forward(self, *_: object) -> None:
+        if self._trial is not None and self._needed():
+            raise _DryRunOver
         # Again, for a loader that is made anew after a failure has drawn a number meanwhile.
         if not self._seeded_forward:
             self._seeded_forward = True
@@ -372,6 +405,11 @@ class Job:
         if self._dry:
             self._buckets.settle()
             self._dry -= 1
+            if self._trial is not None:
+                self._trial.append(time.monotonic())
+                if self._dry and not self._needed():
+                    return
+                raise _DryRunOver
             enough = self._dry <= _MOST_DRY_STEPS - _DRY_STEPS and self._buckets.settled
             if enough or not self._dry:
                 raise _DryRunOver
@@ -379,6 +417,7 @@ class Job:
         self._see_that_in_time()
         state.__dict__["step"] += 1
         epochs = [sampler.epoch for sampler in self._samplers]
+        samples = self._samplers[0].local_count if self._balance else 0
         for sampler in self._samplers:
             sampler.advance(self._backup.taken() if self._backup else None)
         # A collective that failed after the optimizer's step has given its caller a wrong answer;
@@ -405,6 +444,11 @@ class Job:
         self._leave_if_asked(state)
         if self._apart and self._free:
             self._free.hold()
+        if self._balance:
+            with self._world.progress.waiting():
+                weights = self._balance.edge(state.step, samples, self._pace.computed)
+            if weights:
+                self._teller.shared_out(state.step, weights)
         self._pace.ended()
         self._begin_step(state)
 
@@ -412,6 +456,8 @@ class Job:
         if link := self._world.link:
             for departure in link.departures.asked():
                 self._leave_or_go_on(state, departure)
+            if link.departures.replacement.asked:
+                self._replace_or_go_on(state, link.departures.replacement)
 
     def _leave_or_go_on(self, state: State, departure: Departure) -> None:
         """All are to leave; see whether this is the step they leave at."""
@@ -423,6 +469,23 @@ class Job:
         if over:
             raise _Leaving
         if self._failed_here_or_there():
+            raise StepInterrupted
+
+    def _replace_or_go_on(self, state: State, replacement: Replacement) -> None:
+        """Slow ranks are to change places with spares; see whether this is the step for that."""
+        with self._world.progress.waiting():
+            over = replacement.over(state.step, self._failed_here_or_there)
+        if over and (state.sharded() or not self.group.healable):
+            # That would cost all a start of their scripts; the same is found by all.
+            replacement.forget()
+            if self.rank == 0:
+                what = "its state is sharded" if state.sharded() else "it uses groups of some ranks"
+                self._teller.say(f"hpcft: no rank is replaced while this script runs, as {what}")
+        elif over:
+            self._steps_down = self._world.world in replacement.worlds
+            self._world.gather()
+            raise _Replacing
+        elif self._failed_here_or_there():
             raise StepInterrupted
 
     def _exchange(self, state: State, epochs: list[int]) -> None:
@@ -490,7 +553,7 @@ class Job:
             if self.spare:
                 assert link is not None
                 link.departures.wait()
-                over = self._wait_as_spare(state)
+                over = self._wait_as_spare(train, state)
                 if over is not None:
                     return Outcome.OVER if over else Outcome.AGREED
             elif self._world.membership.epoch == self._epoch:
@@ -502,7 +565,7 @@ class Job:
                 link.departures.begin(self._world.membership.epoch)
             while not self._trained(train, state):
                 pass
-        except StepInterrupted:
+        except (StepInterrupted, _Replacing):
             return Outcome.BROKEN_OFF
         except MPI.Exception:
             return Outcome.BROKEN_OFF
@@ -519,10 +582,10 @@ class Job:
             return Outcome.BROKEN_OFF
         return Outcome.OVER if self._world.finish() else Outcome.AGREED
 
-    def _wait_as_spare(self, state: State) -> bool | None:
+    def _wait_as_spare(self, train: Callable[[State], None], state: State) -> bool | None:
         """Wait as a spare; None if this process trains now, without the others having stopped."""
         if not self._free:
-            return self._world.park()
+            return self._world.park(idle=lambda: self._try(train, state))
         over = self._world.park(self._free.wanted)
         if over is not None:
             return over
@@ -672,6 +735,8 @@ class Job:
         if self._checkpoints:
             self._checkpoints.check(state)
             self._save_with(comm, state)
+        if self._balance:
+            self._balance.begin(comm, state.step)
         self._teller.restored(state.step)
         self._attend()
         self._place(state)
@@ -698,6 +763,27 @@ class Job:
             traceback.print_exc()
         self._dry = 0
         self._warmed = True
+
+    def _try(self, train: Callable[[State], None], state: State) -> None:
+        """Find out, if that is wanted, how long a step takes this spare, which was slow."""
+        link = self._world.link
+        assert link is not None
+        if not link.probe.is_set():
+            return
+        link.probe.clear()
+        if state.sharded():
+            return
+        self._trial, self._dry = [], _TRIAL_STEPS
+        try:
+            train(state)
+        except _DryRunOver:
+            pass
+        except Exception:
+            print("hpcft: the dry steps of a spare failed:", file=sys.stderr)
+            traceback.print_exc()
+        times, self._trial, self._dry = self._trial, None, 0
+        if len(times) == _TRIAL_STEPS:
+            link.send("probed", seconds=median(b - a for a, b in pairwise(times)))
 
     def _settle(self, train: Callable[[State], None], state: State) -> None:
         """Begin a step for nobody, as a failure came before this rank had completed a first one."""
@@ -745,7 +831,8 @@ class Job:
         self.group.failure = None
 
     def _recover(self, state: State, agreed: bool) -> None:
-        world = self._world
+        world, link, former = self._world, self._world.link, self._world.logical
+        assert link is not None
         # One that was to join, and has not, is parked as far as MPI is concerned.
         was_spare = self.spare or (world.active is None and not self._begun)
         self._apart = False
@@ -764,7 +851,10 @@ class Job:
             whole=self._whole,
             broken=self._broken or sharded or not self._begun,
             anew=sharded,
+            slow=link.slow,
+            steps_down=self._steps_down,
         )
+        self._steps_down = False
         arrival = Arrival(state, in_place=was_spare)
 
         def transfer(comm: MPI.Intracomm, plan: Transfer) -> None:
@@ -778,7 +868,11 @@ class Job:
                 arrival.receive(comm, plan)
 
         def settle(recovery: Recovered) -> None:
-            if recovery.transfer.anew or world.logical is None:
+            if recovery.transfer.anew:
+                return
+            if world.logical is None:
+                if not was_spare:
+                    self._park(was_first=former == 0)
                 return
             assert world.active is not None
             if world.logical in recovery.transfer.receivers:
@@ -792,6 +886,8 @@ class Job:
             self._attend()
             self._place(state)
             self._savepoint = Savepoint(state)
+            if self._balance:
+                self._balance.begin(world.active, state.step)
             if self._checkpoints:
                 self._save_with(world.active, state)
 
@@ -806,6 +902,12 @@ class Job:
             # For what the script does while it is unwound.
             self.group.failure = self.group.failure or MPI.Exception(MPI.ERR_REVOKED)
             raise ScriptInterrupted
+
+    def _park(self, was_first: bool) -> None:
+        """Wait as a spare from now on, having trained."""
+        self.group.park(self.size - 1, self.size)
+        if self._checkpoints and was_first:
+            self._checkpoints.hand_on()
 
     def _heal(
         self,

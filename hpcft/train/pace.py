@@ -26,6 +26,10 @@ class Pace:
     ----------
     folder: where laps go; None if nobody wants them.
     lapped: called with every lap when it is over.
+
+    Attributes
+    ----------
+    computed: seconds that the last step was computed for.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class Pace:
         self._started = time.monotonic()
         self._writing: Errand[None] | None = None
         self._unwritten: list[Lap] = []
+        self.computed = 0.0
         self._clear()
         self.begin()
 
@@ -75,6 +80,7 @@ class Pace:
         self._compute += compute
         self._waiting += waited
         self._buckets[bucket(compute)] += 1
+        self.computed = compute
         return now
 
     def ended(self) -> None:

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from hpcft.train.shares import Weights, counts
+
 #: From, and up to which, place in an epoch's permutation.
 Stretch = tuple[int, int]
 
@@ -70,8 +72,14 @@ def permutation(size: int, epoch: int, seed: int, shuffle: bool) -> npt.NDArray[
     return np.random.default_rng([seed, epoch]).permutation(size)
 
 
-def share(count: int, rank: int, ranks: int) -> tuple[int, int]:
-    """The slice of ``count`` samples that is ``rank``'s: contiguous, of nearly equal sizes."""
+def share(count: int, rank: int, ranks: int, weights: Weights = ()) -> tuple[int, int]:
+    """The slice of ``count`` samples that is ``rank``'s: contiguous, of nearly equal sizes.
+
+    With weights, one for each rank, in proportion to these.
+    """
+    if weights and count:
+        shared = counts(count, weights)
+        return sum(shared[:rank]), sum(shared[: rank + 1])
     small, more = divmod(count, ranks)
     start = rank * small + min(rank, more)
     return start, start + small + (rank < more)

@@ -286,8 +286,14 @@ class WorldProcessGroup(dist.ProcessGroup):
     def park(self, rank: int, size: int) -> None:
         """Make collectives local, claiming to be ``rank`` of ``size``."""
         self._comm, self._rank, self._size = None, rank, size
+        self.failure = None
         for group, _ in self._subgroups:
             group.park(group.rank(), group.size())
+
+    @property
+    def healable(self) -> bool:
+        """Whether :meth:`attach` can give it other ranks."""
+        return all(len(ranks) == self._size for _, ranks in self._subgroups)
 
     def subgroup(self, ranks: Sequence[int], alone: bool = False) -> WorldProcessGroup | None:
         """A group of some of the ranks, for ``dist.new_group``; None in a rank that is not in it.

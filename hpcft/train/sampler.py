@@ -10,6 +10,7 @@ from torch.utils.data import Sampler
 
 from hpcft.errors import HpcftError
 from hpcft.train.partition import Position, Stretch, batch_count, permutation, settle, share
+from hpcft.train.shares import Place, Plan, Weights
 
 
 class ElasticBatchSampler(Sampler[list[int]]):
@@ -56,6 +57,10 @@ class ElasticBatchSampler(Sampler[list[int]]):
         self._drop_last = drop_last
         self._rank, self._ranks, self._batch = 0, 1, batch_size
         self._position = Position()
+        self._plan = Plan()
+        #: As it is to be from the next commit on.
+        self._planned = self._plan
+        self._read: Place = (0, 0)
 
     def place(self, rank: int, ranks: int, global_batch: int | None = None) -> None:
         """Say whose batches these are.
@@ -70,7 +75,32 @@ class ElasticBatchSampler(Sampler[list[int]]):
         """
         self._rank, self._ranks = rank, ranks
         self._batch = global_batch or self.batch_size * ranks
+        if not self._plan.fits(ranks):
+            # Whose the weights were is not known.
+            self._plan = Plan()
+        self._planned = self._plan
         self._settle(self._position)
+        self._read = (self._position.epoch, self._position.consumed)
+
+    def share_out(self, weights: Weights, since: Place) -> None:
+        """Share out in proportion to these weights, one for each rank, from a batch on.
+
+        Part of the state when the next step is committed; until then :meth:`place` undoes it.
+
+        Parameters
+        ----------
+        since: where that batch begins; not before :attr:`read`, in any rank.
+        """
+        here = (self._position.epoch, self._position.consumed)
+        self._planned = self._plan.changed(weights, since, here)
+
+    @property
+    def read(self) -> Place:
+        """Up to where batches have been taken from this sampler."""
+        return max(self._read, (self._position.epoch, self._position.consumed))
+
+    def _share(self, count: int, rank: int, epoch: int, consumed: int) -> Stretch:
+        return share(count, rank, self._ranks, self._planned.at((epoch, consumed)))
 
     def _settle(self, position: Position) -> None:
         try:
@@ -102,7 +132,8 @@ class ElasticBatchSampler(Sampler[list[int]]):
         return sum(stop - start for start, stop in map(self._slice, ranks))
 
     def _slice(self, rank: int) -> Stretch:
-        return share(self.global_count, rank, self._ranks)
+        at = self._position
+        return self._share(self.global_count, rank, at.epoch, at.consumed)
 
     def advance(self, taken: Collection[int] | None = None) -> None:
         """A step is committed.
@@ -113,6 +144,7 @@ class ElasticBatchSampler(Sampler[list[int]]):
         """
         missed = [r for r in range(self._ranks) if taken is not None and r not in taken]
         left = [self._slice(rank) for rank in missed]
+        self._plan = self._planned
         self._settle(self._position.after(self.global_count, left))
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -122,9 +154,11 @@ class ElasticBatchSampler(Sampler[list[int]]):
         if at.agenda:
             order = np.concatenate([order[start:stop] for start, stop in at.agenda])
         while count := self._count_in(at, consumed):
-            start, stop = share(count, self._rank, self._ranks)
-            yield order[consumed + start : consumed + stop].tolist()
+            start, stop = self._share(count, self._rank, at.epoch, consumed)
+            batch = order[consumed + start : consumed + stop].tolist()
             consumed += count
+            self._read = (at.epoch, consumed)
+            yield batch
 
     def __len__(self) -> int:
         """Steps left in the pass."""
@@ -139,6 +173,8 @@ class ElasticBatchSampler(Sampler[list[int]]):
         for name in ("agenda", "left"):
             if stretches := getattr(at, name):
                 state[name] = np.array(stretches, np.int64)
+        if self._plan.stages:
+            state["shares"] = self._plan.as_numbers()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -148,3 +184,4 @@ class ElasticBatchSampler(Sampler[list[int]]):
             for name in ("agenda", "left")
         )
         self._position = Position(state["epoch"], state["consumed"], agenda, left)
+        self._plan = self._planned = Plan.of(state.get("shares", []))

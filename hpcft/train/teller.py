@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,22 @@ class Teller:
             else:
                 # A spare that is being adopted is not heard yet.
                 self._unsaid.append(said)
+
+    def shared_out(self, step: int, weights: Sequence[int]) -> None:
+        """From about the next step on the batch is shared out anew."""
+        if self._world.logical != 0:
+            return
+        total = sum(weights)
+        shares = [round(weight / total, 4) for weight in weights]
+        if self._journal:
+            self._journal.note("shares", step, {"shares": shares})
+        even = 1 / len(weights)
+        least, most = min(shares), max(shares)
+        self.say(
+            f"hpcft: step {step}: the batch is shared out by speed: rank {shares.index(most)} has "
+            f"{most / even:.2f} times an even share, rank {shares.index(least)} "
+            f"{least / even:.2f} times"
+        )
 
     def started(self) -> None:
         """Training begins."""
@@ -209,6 +225,11 @@ def _in_words(
             then = f", process {adopted[world]} on {hosts[adopted[world]]} took over"
         cause = (failure.cause if failure else "") or "unknown"
         said.append(f"{name} on {hosts[world]} failed ({cause}){then}")
+    for one in healing.replaced:
+        said.append(
+            f"rank {one.logical} on {hosts[one.failed]} is slow and became a spare, process "
+            f"{one.world} on {hosts[one.world]} took over"
+        )
     active, spares = len(healing.after.active), len(healing.after.spares)
     step, milliseconds = recovery.transfer.step, 1000 * (recovery.ended - recovery.began)
     whence = ""

@@ -249,6 +249,17 @@ class Journal:
                 world=adoption.world,
                 host=self._world.hosts[adoption.world],
             )
+        for one in healing.replaced:
+            add(
+                "replaced",
+                (one.logical,),
+                recovery.ended,
+                world=one.world,
+                host=self._world.hosts[one.world],
+                slow_world=one.failed,
+                slow_host=self._world.hosts[one.failed],
+                seconds=round(recovery.ended - recovery.began, 6),
+            )
         if healing.dropped:
             sizes = {"from": len(before.active), "to": len(after.active)}
             add("shrink", healing.dropped, recovery.ended, **sizes)

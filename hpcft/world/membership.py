@@ -7,7 +7,7 @@ it takes over that of a failed rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hpcft.errors import TooFewRanks
@@ -71,6 +71,8 @@ class Healing:
     adoptions: those of them a spare took over.
     dropped: those of them nobody plays any more; the ranks above moved down.
     spares_lost: world ranks of spares that died.
+    replaced: logical ranks that spares took over from processes that have become spares; ``failed``
+        is who did.
     """
 
     before: Membership
@@ -79,6 +81,7 @@ class Healing:
     adoptions: tuple[Adoption, ...]
     dropped: tuple[int, ...]
     spares_lost: tuple[int, ...]
+    replaced: tuple[Adoption, ...] = ()
 
     @property
     def dead(self) -> list[int]:
@@ -87,19 +90,31 @@ class Healing:
 
     @property
     def action(self) -> str:
-        """``substitute``, ``shrink``, ``substitute+shrink`` or ``none`` (only spares died)."""
+        """``substitute``, ``shrink``, ``substitute+shrink``, ``replace``, or ``none``.
+
+        None is needed when only spares have died.
+        """
         parts = ["substitute"] * bool(self.adoptions) + ["shrink"] * bool(self.dropped)
+        parts += ["replace"] * bool(self.replaced)
         return "+".join(parts) or "none"
 
 
 def heal(
-    before: Membership, alive: frozenset[int], hosts: Mapping[int, str], policy: Policy
+    before: Membership,
+    alive: frozenset[int],
+    hosts: Mapping[int, str],
+    policy: Policy,
+    slow: frozenset[int] = frozenset(),
+    stepping_down: frozenset[int] = frozenset(),
 ) -> Healing:
     """Work out the next membership from who is left.
 
     Every survivor calls this with the same arguments and so comes to the same answer; nothing
-    is negotiated. A spare on a host where nothing has just died is preferred, for a failure is
-    often the host's.
+    is negotiated. A spare that is not slow is preferred, and then one on a host where nothing has
+    just died, for a failure is often the host's.
+
+    Who is to step down does so only where nobody has died who trained, and for a spare that is not
+    slow. Its state goes with it; so one rank must be left that has it.
 
     Parameters
     ----------
@@ -107,6 +122,8 @@ def heal(
     alive: world ranks that are left.
     hosts: host name of every world rank.
     policy: what is allowed.
+    slow: world ranks that are slower than the others, or were when last seen training.
+    stepping_down: world ranks that are to change places with spares.
 
     Raises
     ------
@@ -123,7 +140,7 @@ def heal(
             if not spares:
                 break
             # min() keeps launch order among equals.
-            spare = min(spares, key=lambda w: hosts[w] in suspect)
+            spare = min(spares, key=lambda w: (w in slow, hosts[w] in suspect))
             spares.remove(spare)
             active[logical] = spare
             adoptions.append(Adoption(logical, spare, before.active[logical]))
@@ -140,6 +157,27 @@ def heal(
             f"{len(left)} ranks are left and --min-ranks is {policy.min_ranks}",
             "give more --spares or a lower --min-ranks",
         )
-    after = Membership(before.epoch + 1, left, tuple(spares))
     lost = tuple(w for w in before.spares if w not in alive)
-    return Healing(before, after, failed, tuple(adoptions), dropped, lost)
+    replaced = () if failed else _replaced(left, spares, hosts, slow, stepping_down)
+    for one in replaced:
+        left = (*left[: one.logical], one.world, *left[one.logical + 1 :])
+        spares = sorted({*spares, one.failed} - {one.world})
+    after = Membership(before.epoch + 1, left, tuple(spares))
+    return Healing(before, after, failed, tuple(adoptions), dropped, lost, replaced)
+
+
+def _replaced(
+    active: Sequence[int],
+    spares: Sequence[int],
+    hosts: Mapping[int, str],
+    slow: frozenset[int],
+    stepping_down: frozenset[int],
+) -> tuple[Adoption, ...]:
+    """Who takes over from those that step down, as far as that can be."""
+    leaving = [w for w in active if w in stepping_down][: len(active) - 1]
+    # What makes a rank slow is often its host.
+    suspect = {hosts[w] for w in leaving}
+    trusted = sorted((w for w in spares if w not in slow), key=lambda w: hosts[w] in suspect)
+    return tuple(
+        Adoption(active.index(w), spare, w) for w, spare in zip(leaving, trusted, strict=False)
+    )

@@ -53,6 +53,9 @@ What each knows where:
   leaves no trace: it starts again at SHRINK from the last agreed membership.
 * Nothing of a survivor is overwritten before the last agreement (a spare's state is worthless and
   may be).
+* Nobody need have died. Ranks that are slow change places with spares in the same way: all active
+  ranks have come to the end of the same step (:mod:`hpcft.world.departure`), and those that are to
+  step down say so in their reports. If somebody dies meanwhile, that is healed, and they stay.
 * Where TRANSFER finds that scripts have to be run anew, it moves nothing; after the last agreement
   all leave RUN, or PARKED, and come back to it from the beginning of the script
   (:mod:`hpcft.world.script`).
@@ -65,7 +68,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import cast
 
 import numpy as np
@@ -101,6 +104,8 @@ class Report:
     broken: it has been hit in the middle of a step, and what it holds is no state at all.
     anew: its script has to be run anew: it has not come to training yet, or its state is shards,
         of which those that are lost cannot be had from others.
+    slow: it is slower than the others, or was when it last trained.
+    steps_down: it is to change places with a spare, and all ranks have completed the same step.
     """
 
     world: int
@@ -108,6 +113,8 @@ class Report:
     whole: bool
     broken: bool
     anew: bool = False
+    slow: bool = False
+    steps_down: bool = False
 
 
 @dataclass(frozen=True)
@@ -213,6 +220,14 @@ def plan_transfer(
     return Transfer(membership.active.index(best), receivers, step, newest)
 
 
+def _stepping_down(membership: Membership, reports: Mapping[int, Report]) -> frozenset[int]:
+    """Who is to change places with a spare; nobody, if they alone have the state."""
+    leaving = frozenset(world for world, one in reports.items() if one.steps_down)
+    staying = (reports[world] for world in membership.active if world in reports.keys() - leaving)
+    left = any(one.step >= 0 and one.whole and not one.broken for one in staying)
+    return leaving if left else frozenset()
+
+
 class World:
     """The world as this process knows it.
 
@@ -298,17 +313,22 @@ class World:
         finally:
             self.progress.leave()
 
-    def park(self, wanted: Callable[[], bool] | None = None) -> bool | None:
+    def park(
+        self,
+        wanted: Callable[[], bool] | None = None,
+        idle: Callable[[], None] = lambda: None,
+    ) -> bool | None:
         """Wait, as a spare, for the end of training or for a failure.
 
         Parameters
         ----------
         wanted: looks whether this spare is to train, where ranks heal without agreeing on it.
+        idle: called now and then while there is nothing to do; it returns once :meth:`called`.
 
         Returns
         -------
-        True if training is over; False if an active rank failed, or others recover: then recover.
-        None if it is wanted.
+        True if training is over; False if an active rank failed, or others recover, or ranks are to
+        step down: then recover. None if it is wanted.
         """
         assert self.link is not None
         while True:
@@ -323,6 +343,7 @@ class World:
                 if call == _TO_FINISH:
                     return self._agree_over(1)
                 break
+            idle()
         self._revoke()
         return self._agree(0)
 
@@ -340,6 +361,15 @@ class World:
             # Somebody is gone. Acknowledged, it no longer keeps us from probing.
             self._pool.Ack_failed()
             return ""
+
+    def gather(self) -> None:
+        """Wait for all active ranks, so that none is still in a collective that others are past.
+
+        Who is the first to be through may revoke before all are: then they have all come as well.
+        """
+        assert self.active is not None
+        with self.progress.waiting(), contextlib.suppress(MPI.Exception):
+            self.active.Barrier()
 
     def _pool_rank(self, world: int) -> int:
         # The pool keeps the order of world ranks, for shrinking does.
@@ -437,15 +467,14 @@ class World:
         ------
         ConnectionError: not all of them have arrived whole.
         """
-        flags = (int(report.whole), int(report.broken), int(report.anew))
-        mine = (_WHOLE, report.world, report.step, *flags)
+        mine = (_WHOLE, *map(int, astuple(report)))
         rows = np.zeros((pool.Get_size(), len(mine)), dtype=np.int64)
         pool.Allgather(np.array(mine, dtype=np.int64), rows)
         if (rows[:, 0] != _WHOLE).any():
             raise ConnectionError("a failure has cut the exchange of reports short")
         return {
-            int(world): Report(int(world), int(step), bool(whole), bool(broken), bool(anew))
-            for _, world, step, whole, broken, anew in rows
+            int(world): Report(int(world), int(step), *map(bool, flags))
+            for _, world, step, *flags in rows
         }
 
     def _latest(self, pool: MPI.Intracomm) -> Membership:
@@ -497,7 +526,14 @@ class World:
             reports = self._exchange(pool, report)
             before = self._latest(pool) if self.apart else self.membership
             try:
-                healing = heal(before, frozenset(reports), self.hosts, self.policy)
+                healing = heal(
+                    before,
+                    frozenset(reports),
+                    self.hosts,
+                    self.policy,
+                    frozenset(world for world, one in reports.items() if one.slow),
+                    _stepping_down(before, reports),
+                )
                 plan = plan_transfer(healing.after, reports, self.restorable, self.apart)
             except (TooFewRanks, StateLost) as error:
                 fatal = error

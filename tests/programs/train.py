@@ -47,6 +47,12 @@ def main() -> None:
     parser.add_argument(
         "--late", nargs=3, type=float, default=(-1, 0, 0), metavar=("PROCESS", "SECONDS", "SHARE")
     )
+    parser.add_argument(
+        "--slow-process", type=int, default=-1, help="as --slow, but whatever rank it plays"
+    )
+    parser.add_argument(
+        "--slow-until", default="", metavar="FILE", help="that is as fast again once this is there"
+    )
     parser.add_argument("--until", default="", metavar="FILE", help="no pace once this is there")
     parser.add_argument("--busy", type=float, default=0.0, help="seconds holding the GIL, step 5")
     parser.add_argument("--width", type=int, default=32)
@@ -129,7 +135,8 @@ def main() -> None:
                     raise ValueError("this script is wrong")
                 if original == who and not job.spare and chance.random() < share:
                     time.sleep(long)
-                if job.rank == args.slow:
+                slow = original == args.slow_process and not os.path.exists(args.slow_until)
+                if slow or job.rank == args.slow:
                     time.sleep(0.05)
                 loss = F.cross_entropy(model(inputs), targets)
                 optimizer.zero_grad()

@@ -269,10 +269,10 @@ class Cluster:
         home = HOME / node
         (home / "tmp").mkdir(parents=True, exist_ok=True)
         (home / "spool").mkdir(exist_ok=True)
-        # A slurmstepd that was killed leaves it behind, and then Slurm 22.05 cannot start a step of
+        # With what a slurmstepd that was killed leaves behind Slurm 22.05 cannot start a step of
         # the same number, as that of a job which is requeued, on this node again.
-        for socket in (home / "spool").glob("stepd.slurm.pmix.*"):
-            socket.unlink()
+        for left in [*(home / "spool").glob("*pmix.*"), *(home / "spool").glob(f"{node}_*")]:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         group = _FREEZER / f"hpcft-lab-{node}"
         group.mkdir(exist_ok=True)
         # The nodes share what the tests run, even if it is in /tmp.

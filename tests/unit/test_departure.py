@@ -13,7 +13,7 @@ from hpcft.launch.channel import Connection, Message
 from hpcft.launch.company import Company, Peer
 from hpcft.launch.crew import Crew
 from hpcft.launch.departure import Departures, Settling
-from hpcft.world.departure import Departure
+from hpcft.world.departure import Departure, Replacement
 from hpcft.world.progress import Progress
 
 
@@ -153,3 +153,44 @@ def test_a_shepherd_asks_its_rank_when_it_trains_and_again_in_a_new_membership()
     pair.announce("at resize 1", 1, purpose="resize", epoch=1, step=8)
     departures.answered("resize", 1, 9)
     assert told[2:] == [{"kind": "until", "purpose": "resize", "epoch": 1, "step": 10}]
+
+
+def test_a_replacement_is_of_one_membership() -> None:
+    answers: list[tuple[int, int]] = []
+    progress = Progress.create()
+    replacement = Replacement(progress, lambda epoch, step: answers.append((epoch, step)))
+    progress.step(5)
+    replacement.begin(0)
+    replacement.want(0, frozenset({2}))
+    assert replacement.asked
+    assert answers == [(0, 5)]
+    # A failure came first; the others know nothing of a replacement in this membership.
+    replacement.begin(1)
+    assert not replacement.asked
+    assert answers == [(0, 5)]
+    # One for the next, which comes before this rank is in it.
+    replacement.want(2, frozenset({3}))
+    progress.step(6)
+    replacement.begin(2)
+    assert replacement.asked
+    assert replacement.worlds == {3}
+    assert answers[-1] == (2, 6)
+    replacement.settled(2, 7)
+    assert not replacement.over(6, lambda: False)
+    assert replacement.over(7, lambda: False)
+
+
+def test_a_shepherd_passes_on_a_replacement_of_the_present_membership_only() -> None:
+    pair, crew = Pair(), Crew({0, 1}, 4)
+    told: list[Message] = []
+    departures = Departures(pair, crew, told.append)
+    pair.announce("replace 3", 0, worlds=[1], logicals=[1], at=0.0)
+    departures.have_replaced()
+    assert told == []
+    pair.announce("replace 4", 0, worlds=[0], logicals=[0], at=0.0)
+    departures.have_replaced()
+    assert told == [{"kind": "replace", "epoch": 4, "worlds": [0]}]
+    pair.announce("replace 5", 0, worlds=[1], logicals=[0], at=0.0)
+    crew.epoch = 5
+    departures.renew()
+    assert told[1:] == [{"kind": "replace", "epoch": 5, "worlds": [1]}]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hpcft.errors import StateLost, TooFewRanks
 from hpcft.world.membership import Membership, Policy, heal
-from hpcft.world.recovery import Report, Transfer, plan_transfer
+from hpcft.world.recovery import Report, Transfer, _stepping_down, plan_transfer
 
 
 def test_a_spare_takes_exactly_the_failed_rank() -> None:
@@ -149,3 +149,94 @@ def test_scripts_are_run_anew_where_nothing_can_be_moved() -> None:
     assert plan(Report(0, -1, True, False), last, restorable=True).anew
     with pytest.raises(StateLost):
         plan(Report(0, -1, True, False), last, restorable=False)
+
+
+ONE_HOST = dict.fromkeys(range(8), "n")
+
+
+def test_who_steps_down_changes_places_with_a_spare() -> None:
+    before = Membership(3, (0, 1, 2), (3, 4))
+    everybody = frozenset(range(5))
+    healing = heal(before, everybody, ONE_HOST, Policy(), frozenset({1}), frozenset({1}))
+    assert healing.after == Membership(4, (0, 3, 2), (1, 4))
+    assert [(one.logical, one.world, one.failed) for one in healing.replaced] == [(1, 3, 1)]
+    assert (healing.action, healing.dead, healing.dropped) == ("replace", [], ())
+
+
+def test_nobody_steps_down_for_a_spare_that_is_slow_itself() -> None:
+    before = Membership(3, (0, 1, 2), (3,))
+    slow = frozenset({1, 3})
+    healing = heal(before, frozenset(range(4)), ONE_HOST, Policy(), slow, frozenset({1}))
+    assert healing.after == Membership(4, (0, 1, 2), (3,))
+    assert healing.action == "none"
+
+
+def test_a_slow_spare_comes_last_and_is_better_than_none() -> None:
+    before = Membership(3, (0, 1, 2), (3, 4))
+    slow = frozenset({3})
+    healing = heal(before, frozenset({0, 2, 3, 4}), ONE_HOST, Policy(), slow)
+    assert healing.after.active == (0, 4, 2)
+    healing = heal(healing.after, frozenset({0, 2, 3}), ONE_HOST, Policy(), slow)
+    assert healing.after.active == (0, 3, 2)
+
+
+def test_where_somebody_has_died_nobody_steps_down() -> None:
+    before = Membership(3, (0, 1, 2), (3, 4))
+    healing = heal(
+        before, frozenset({0, 1, 3, 4}), ONE_HOST, Policy(), frozenset({1}), frozenset({1})
+    )
+    assert healing.after == Membership(4, (0, 1, 3), (4,))
+    assert healing.replaced == ()
+
+
+def test_who_takes_over_is_on_another_host_if_there_is_one() -> None:
+    hosts = {0: "a", 1: "b", 2: "b", 3: "c"}
+    before = Membership(0, (0, 1), (2, 3))
+    healing = heal(before, frozenset(range(4)), hosts, Policy(), frozenset({1}), frozenset({1}))
+    assert healing.after == Membership(1, (0, 3), (1, 2))
+
+
+@given(st.data())
+def test_any_schedule_of_deaths_and_replacements_keeps_the_world_sound(
+    data: st.DataObject,
+) -> None:
+    size = data.draw(st.integers(2, 16), "size")
+    spares = data.draw(st.integers(0, size - 1), "spares")
+    hosts = {w: data.draw(st.sampled_from("abcd")) for w in range(size)}
+    membership = Membership.launch(size, spares)
+    for _ in range(8):
+        members = st.sets(st.sampled_from(membership.members))
+        dead = data.draw(members, "dead") if data.draw(st.booleans()) else set()
+        slow, leaving = frozenset(data.draw(members, "slow")), frozenset(data.draw(members))
+        alive = frozenset(set(membership.members) - dead)
+        try:
+            healing = heal(membership, alive, hosts, Policy(), slow, leaving)
+        except TooFewRanks:
+            assert not alive
+            break
+        after = healing.after
+        assert set(after.members) == alive
+        assert not set(after.active) & set(after.spares)
+        assert len(set(after.active)) == len(after.active)
+        assert after.spares == tuple(sorted(after.spares))
+        for one in healing.replaced:
+            assert not dead & set(membership.active)
+            assert one.failed in leaving & set(after.spares)
+            assert one.world not in slow
+            assert after.active[one.logical] == one.world
+            assert membership.active[one.logical] == one.failed
+        if not dead:
+            assert len(after.active) == len(membership.active)
+            # Somebody is left who has the state.
+            assert set(after.active) & set(membership.active)
+        membership = after
+
+
+def test_nobody_steps_down_who_alone_has_the_state() -> None:
+    before = Membership(0, (0, 1), (2,))
+    leaving = Report(1, 7, True, False, steps_down=True)
+    whole, broken = Report(0, 6, True, False), Report(0, 6, True, True)
+    spare = Report(2, -1, True, False)
+    for other, expected in ((whole, {1}), (broken, set())):
+        reports = {0: other, 1: leaving, 2: spare}
+        assert _stepping_down(before, reports) == expected

@@ -39,6 +39,7 @@ def test_without_options_one_rank_per_task_trains_and_nothing_is_parked() -> Non
         mode=Mode(),
         spares_do=(),
         replace_stragglers=False,
+        balance=False,
         run_dir=options.run_dir,
         timeout_detect=0.8,
         timeout_progress=300.0,
@@ -77,6 +78,7 @@ def test_each_option_is_taken() -> None:
         mode=Mode("backup", 2),
         spares_do=(),
         replace_stragglers=False,
+        balance=False,
         run_dir=Path("/runs/a"),
         timeout_detect=0.1,
         timeout_progress=0.0,
@@ -425,3 +427,27 @@ def test_what_is_preloaded_is_looked_for_where_the_script_would_find_it(
         preload("mine", "-m", "json.tool")
     monkeypatch.setattr(sys, "path", ["first", str(elsewhere)])
     assert preload("theirs", script) == ("theirs",)
+
+
+@pytest.mark.parametrize(
+    ("given", "cause", "remedy"),
+    [
+        (["--replace-stragglers"], "nobody to replace them with", "--spares"),
+        (
+            ["--replace-stragglers", "--spares", "1", "--on-failure", "shrink"],
+            "may take a rank's place",
+            "substitute",
+        ),
+        (["--replace-stragglers", "--spares", "1", "--backup", "1"], "--mode backup", "leave one"),
+        (["--balance", "--mode", "backup"], "--mode backup", "leave one"),
+    ],
+)
+def test_what_is_against_stragglers_needs_what_it_needs(
+    given: list[str], cause: str, remedy: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse([*given, SCRIPT])
+    assert cause in caught.value.message
+    assert remedy in caught.value.remedy
+    options = parse(["--replace-stragglers", "--spares", "1", "--balance", SCRIPT])
+    assert (options.replace_stragglers, options.balance) == (True, True)
