@@ -18,6 +18,7 @@ from hpcft.cli import (
     plan,
     ps,
     report,
+    risk,
     sbatch,
     stop,
     top,
@@ -54,6 +55,7 @@ _COMMANDS: dict[str, ModuleType] = {
     "stop": stop,
     "ckpt": ckpt,
     "plan": plan,
+    "risk": risk,
 }
 
 
