@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from dataclasses import replace
@@ -31,6 +32,8 @@ from hpcft.foresight.scenario import (
     Tier,
 )
 from hpcft.foresight.simulator import live
+from hpcft.telemetry.events import Event, Times, failure
+from hpcft.telemetry.rundir import RunDirectory
 
 _RESTART = Stack(in_place=False, detect=0.0, relaunch=120.0, start=0.0, short="wait")
 
@@ -185,7 +188,7 @@ def test_ranges_are_read() -> None:
     assert len(values("1m..1h", seconds, False)) == 9
     assert values("1m,1h", seconds, False) == [60, 3600]
     for wrong in ("4..0", "..", "0m..1h", "a"):
-        with pytest.raises((ValueError, Exception)):
+        with pytest.raises((ValueError, argparse.ArgumentTypeError)):
             values(wrong, seconds, False)
 
 
@@ -243,3 +246,52 @@ def test_wrong_usage_has_a_cause_and_a_remedy(
 def test_a_campaign_without_end_is_refused() -> None:
     with pytest.raises(UsageError, match="no end"):
         Scenario(Machine(1), math.inf).checked()
+
+
+def _measured_run(path: Path) -> None:
+    rundir = RunDirectory(path)
+    rundir.create(3, "x")
+    table = [
+        {"logical": n, "world": n, "host": f"n{n}", "pid": 1, "role": "active"} for n in range(2)
+    ]
+    spare = {"logical": None, "world": 2, "host": "n2", "pid": 1, "role": "spare"}
+    rundir.write_ranks({"epoch": 0, "ranks": [*table, spare]})
+    resume = {"action": "substitute", "recover_s": 0.25, "lost_steps": 0, "phases": {}}
+    rundir.append(
+        [
+            Event("start", 0, time=1000.0, detail={"active": 2, "spares": 1}),
+            Event("checkpoint", 50, time=1050.0, detail={"path": "x", "seconds": 3.0}),
+            failure(60, 1, 1, 1, "n1", "killed by SIGSEGV", Times(1060.0, 1060.5)),
+            Event("resume", 60, (1,), 1, 1061.0, resume | {"active": 2, "spares": 0}),
+            Event("finish", 200, time=1201.0),
+        ]
+    )
+
+
+def test_times_come_from_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    _measured_run(tmp_path / "run")
+    assert main.main(["plan", "--from", str(tmp_path / "run"), "--runs", "2", "--json"]) == 0
+    scenario = json.loads(capsys.readouterr().out)["scenario"]
+    assert scenario["machine"] == {"nodes": 2, "spares": 1, "ranks_per_node": 1, "rack": 16}
+    assert scenario["stack"]["detect"] == 0.5
+    assert scenario["stack"]["adopt"] == 0.25
+    assert scenario["stack"]["step"] == pytest.approx(1.0, abs=0.01)
+    assert scenario["saves"]["file"]["write"] == 3.0
+    said = ["plan", "--from", str(tmp_path / "run"), "--nodes", "9", "--detect", "2s", "--json"]
+    assert main.main([*said, "--runs", "2"]) == 0
+    scenario = json.loads(capsys.readouterr().out)["scenario"]
+    assert (scenario["machine"]["nodes"], scenario["stack"]["detect"]) == (9, 2.0)
+
+
+def test_a_run_that_never_trained_has_no_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    rundir = RunDirectory(tmp_path / "run")
+    rundir.create(1, "x")
+    rundir.append([Event("failed", 0, detail={"reason": "no MPI"})])
+    assert main.main(["plan", "--from", str(tmp_path / "run")]) == 1
+    assert "nothing to tell" in capsys.readouterr().err
