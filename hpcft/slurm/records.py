@@ -64,7 +64,7 @@ def of_states(text: str) -> dict[str, tuple[str, str]]:
 
 def outages(since: float) -> list[Outage] | None:
     """Of all nodes since a time; None where Slurm keeps no accounts."""
-    columns = "format=NodeName,TimeStart,TimeEnd,State,Reason"
+    columns = "format=NodeName,Start,End,State,Reason"
     start = time.strftime("start=%Y-%m-%dT%H:%M:%S", time.localtime(since))
     text = printed(
         "sacctmgr", "--noheader", "--parsable2", "show", "event", start, columns, complaints=True
