@@ -244,14 +244,16 @@ def run(args: argparse.Namespace) -> int:
 def _given(args: argparse.Namespace) -> dict[str, float]:
     """What holds: what is said, else what the run has measured, else the defaults."""
     measured = _measured(args.source) if args.source else None
-    given = {}
+    given: dict[str, float] = {}
     for name, option in _OPTIONS.items():
-        value = getattr(args, option.field)
+        value: float | None = getattr(args, option.field)
         if value is None and measured is not None:
             value = getattr(measured, option.field, None)
-        given[name] = option.default if value is None else value
-    if given["nodes"] is None:
-        raise UsageError("how many nodes?", "say --nodes N, or --from RUN")
+        if value is None:
+            value = option.default
+        if value is None:
+            raise UsageError("how many nodes?", "say --nodes N, or --from RUN")
+        given[name] = value
     return given
 
 
@@ -346,7 +348,10 @@ def _swept(
     try:
         values = quantities.values(text, option.kind, name in _WHOLE)
     except (ValueError, argparse.ArgumentTypeError) as error:
-        raise UsageError(f"--sweep {args.sweep}: {error}", "write spares=0..64 or a,b,c") from error
+        raise UsageError(
+            f"--sweep {args.sweep} has no values of --{name} ({error})",
+            "write for instance spares=0..64, or ckpt-every=1m,10m,1h",
+        ) from error
 
     def vary(value: float) -> Scenario:
         return _scenario(args, given | {name: value})
@@ -493,8 +498,8 @@ def _tell(found: Forecast, intervals: Intervals | None) -> None:
         or_more = " or longer" if intervals.best == intervals.tried[-1][0] else ""
         say(
             f"save every             {duration(intervals.best)}{or_more}, the best simulated; "
-            f"{said} (for them each failure, one in {duration(intervals.loss)}, goes back to a file); "
-            f"now {duration(file.interval)}"
+            f"{said} (for them each failure, one in {duration(intervals.loss)}, goes back to a "
+            f"file); now {duration(file.interval)}"
         )
 
 

@@ -16,7 +16,7 @@ from hpcft.foresight.rates import Seen
 from hpcft.report.record import Chapter
 from hpcft.slurm.records import Outage
 from hpcft.telemetry.rundir import RunDirectory
-from hpcft.telemetry.uptime import Stretch, stretches
+from hpcft.telemetry.uptime import Kind, Stretch, stretches
 
 #: Seconds within which failures of a node are one: Slurm notices a loss some minutes later.
 _SAME = 600.0
@@ -71,7 +71,7 @@ def of_slurm(
             if at is not None and outage.begin > at:
                 failed = not outage.planned
                 cause = f"{outage.state}: {outage.reason}".rstrip(": ")
-                kind = "node" if failed else "outside"
+                kind: Kind = "node" if failed else "outside"
                 found.append(Stretch("Slurm", node, at, outage.begin, failed, kind, cause))
             if outage.end is None:
                 at = None
