@@ -19,6 +19,7 @@ from hpcft.cli import (
     plan,
     ps,
     report,
+    risk,
     sbatch,
     stop,
     top,
@@ -56,6 +57,7 @@ _COMMANDS: dict[str, ModuleType] = {
     "chaos": chaos,
     "ckpt": ckpt,
     "plan": plan,
+    "risk": risk,
 }
 
 

@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,8 +58,9 @@ _EPILOG = """\
 exit code: 0 done; 1 the page cannot be written, or the run not be read; 2 wrong usage
 """
 
-#: Steps of the grid around Daly's optimum in which the best interval is looked for.
-_GRID = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
+#: Times Daly's optimum, the intervals among which the best is looked for; further ones are tried
+#: as long as the longest is the best.
+_GRID, _LONGER = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0), (8.0, 16.0, 32.0, 64.0)
 
 
 @dataclass(frozen=True)
@@ -243,14 +244,16 @@ def run(args: argparse.Namespace) -> int:
 def _given(args: argparse.Namespace) -> dict[str, float]:
     """What holds: what is said, else what the run has measured, else the defaults."""
     measured = _measured(args.source) if args.source else None
-    given = {}
+    given: dict[str, float] = {}
     for name, option in _OPTIONS.items():
-        value = getattr(args, option.field)
+        value: float | None = getattr(args, option.field)
         if value is None and measured is not None:
             value = getattr(measured, option.field, None)
-        given[name] = option.default if value is None else value
-    if given["nodes"] is None:
-        raise UsageError("how many nodes?", "say --nodes N, or --from RUN")
+        if value is None:
+            value = option.default
+        if value is None:
+            raise UsageError("how many nodes?", "say --nodes N, or --from RUN")
+        given[name] = value
     return given
 
 
@@ -345,7 +348,10 @@ def _swept(
     try:
         values = quantities.values(text, option.kind, name in _WHOLE)
     except (ValueError, argparse.ArgumentTypeError) as error:
-        raise UsageError(f"--sweep {args.sweep}: {error}", "write spares=0..64 or a,b,c") from error
+        raise UsageError(
+            f"--sweep {args.sweep} has no values of --{name} ({error})",
+            "write for instance spares=0..64, or ckpt-every=1m,10m,1h",
+        ) from error
 
     def vary(value: float) -> Scenario:
         return _scenario(args, given | {name: value})
@@ -384,13 +390,23 @@ def _intervals(args: argparse.Namespace, scenario: Scenario) -> Intervals | None
         return None
     loss = 1 / rate
     young, daly = optimum.young(file.cost, loss), optimum.daly(file.cost, loss)
-    tried = forecast.sweep(
-        lambda interval: forecast.with_interval(scenario, interval),
-        [daly * factor for factor in _GRID],
-        max(2, args.runs // 2),
-        args.seed,
-    )
-    best = forecast.best(tried, lambda found: found.work.mean)
+    runs = max(2, args.runs // 2)
+
+    def work(found: Forecast) -> float:
+        return found.work.mean
+
+    def look(factors: Sequence[float]) -> list[tuple[float, Forecast]]:
+        values = [daly * factor for factor in factors]
+        return forecast.sweep(
+            lambda value: forecast.with_interval(scenario, value), values, runs, args.seed
+        )
+
+    tried = look(_GRID)
+    for factor in _LONGER:
+        if forecast.best(tried, work) < tried[-1][0] or daly * factor > scenario.seconds:
+            break
+        tried += look([factor])
+    best = forecast.best(tried, work)
     return Intervals(loss, young, daly, best, tuple(tried))
 
 
@@ -479,10 +495,11 @@ def _tell(found: Forecast, intervals: Intervals | None) -> None:
         file = scenario.saves.file
         assert file is not None
         said = f"{duration(intervals.young)} by Young, {duration(intervals.daly)} by Daly"
+        or_more = " or longer" if intervals.best == intervals.tried[-1][0] else ""
         say(
-            f"save every             {duration(intervals.best)}, the best simulated; {said} "
-            f"(for them each failure, one in {duration(intervals.loss)}, goes back to a file); "
-            f"now {duration(file.interval)}"
+            f"save every             {duration(intervals.best)}{or_more}, the best simulated; "
+            f"{said} (for them each failure, one in {duration(intervals.loss)}, goes back to a "
+            f"file); now {duration(file.interval)}"
         )
 
 

@@ -76,7 +76,7 @@ def picture(
 ) -> Picture:
     """Draw forecasts over a value; the values are spread evenly where they grow by ratios."""
     xs = [value for value, _ in rows]
-    log = min(xs) > 0 and max(xs) / min(xs) > 30
+    log = min(xs) > 0 and max(xs) / min(xs) > 8 and len(xs) > 2
     x = Scale(min(xs), max(xs), LABELS + 10, WIDTH - RIGHT - 10, log)
     means = [one.of(found) for one in asked for _, found in rows]
     low, high = min(mean.low for mean in means), max(mean.high for mean in means)

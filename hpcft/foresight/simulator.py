@@ -70,6 +70,8 @@ class _Life:
         self._kept = self._work = 0.0
         #: Work since the last file, and how many near checkpoints there are since then.
         self._since, self._nears = 0.0, 0
+        #: The same as ``_work``, of what was done since the last file.
+        self._work_since = 0.0
         self._filed_at = -math.inf
         self._tiers()
         hazards = scenario.hazards
@@ -121,7 +123,8 @@ class _Life:
         changes = self._slow_until if slow else math.inf
         orderly = min(self._preemption, self._limit)
         until = min(self._failure, back, self._slow, changes, orderly, self._end)
-        self._train_for(until - self._now, self._of.hazards.slowdown if slow else 1.0)
+        # A job that takes longer to start than it may run is over when it has started.
+        self._train_for(max(0.0, until - self._now), self._of.hazards.slowdown if slow else 1.0)
         if self._now >= self._end:
             raise _Over
         if until == self._failure:
@@ -165,6 +168,10 @@ class _Life:
         self._kept += done
         share = self._active / self._of.machine.nodes
         self._work += done * share
+        if files:
+            self._work_since = since * share
+        else:
+            self._work_since += done * share
         self._parts["steps"] += done
         self._parts["waiting"] += done * (pace - 1)
         self._parts["saving"] += max(0.0, seconds - done * pace)
@@ -241,6 +248,9 @@ class _Life:
             if at >= self._end:
                 raise _Over
             if at == until:
+                if self._failure <= at:
+                    # While no rank runs none fails.
+                    self._failure = self._next_failure()
                 return None
             lost, job = self._strike()
             if lost or job:
@@ -285,9 +295,9 @@ class _Life:
         else:
             raise _Over
         if alive and not stack.sharded:
-            self._again(min(stack.step / 2, self._since - self._nears * self._near_step()))
+            self._again(min(stack.step / 2, self._since_near()))
         elif near:
-            self._again(self._since - self._nears * self._near_step())
+            self._again(self._since_near())
         else:
             self._back_to_file()
         if not begins and not cold:
@@ -295,15 +305,21 @@ class _Life:
             self._counts[took if alive else "relaunched"] += 1
         self._resized(size)
 
-    def _near_step(self) -> float:
-        return self._near_every if self._nears else 0.0
+    def _since_near(self) -> float:
+        """Work since the last near checkpoint, or file."""
+        return self._since - (self._nears * self._near_every if self._nears else 0.0)
 
     def _again(self, work: float) -> None:
-        """So much work is lost."""
+        """So much work is lost, the newest first."""
         work = min(max(0.0, work), self._kept)
+        new = min(work, self._since)
+        on_fewer = self._work_since * new / self._since if self._since else 0.0
+        before = self._kept - self._since
+        on_fewer_before = (self._work - self._work_since) * (work - new) / before if before else 0.0
         self._kept -= work
-        self._since = max(0.0, self._since - work)
-        self._work -= work * self._active / self._of.machine.nodes
+        self._since -= new
+        self._work_since -= on_fewer
+        self._work = max(0.0, self._work - on_fewer - on_fewer_before)
         self._parts["steps"] -= work
         self._parts["again"] += work
 
@@ -317,7 +333,7 @@ class _Life:
                 # It was still being written.
                 lost += self._nears_a_file * self._near_every
             self._again(lost)
-        self._since, self._nears = 0.0, 0
+        self._since, self._work_since, self._nears = 0.0, 0.0, 0
         self._filed_at = -math.inf
 
     def _queue(self) -> None:
@@ -340,6 +356,6 @@ class _Life:
             if self._passes("saving", file.cost + file.write):
                 # Taken by a failure in the middle of it; it has to leave all the same.
                 self._back_to_file()
-            self._since, self._nears = 0.0, 0
+            self._since, self._work_since, self._nears = 0.0, 0.0, 0
         self._queue()
         self._heal(0, False, cold=True)

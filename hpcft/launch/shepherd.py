@@ -31,6 +31,7 @@ from typing import Any, NoReturn
 from hpcft.ckpt.errand import Errand
 from hpcft.ckpt.near import NearStore
 from hpcft.errors import INTERRUPTED, TooFewRanks
+from hpcft.launch import history
 from hpcft.launch.cause import Death, Ending
 from hpcft.launch.channel import Message
 from hpcft.launch.child import Child
@@ -298,6 +299,7 @@ class Shepherd:
             self._chronicle.failed(reason, deaths, self._as_launched(), self._near)
         if code == INTERRUPTED and self._handed_over:
             self._chronicle.interrupted(self.outcome.wish, self.step)
+        history.add(self._rundir)
         # Slurm ends a job that it is to start again at once.
         await self._have_it_uploaded()
         if self._scheduler and not self._task.of_another_job:
