@@ -96,7 +96,7 @@ def unseen_loss(mode: str, steps: int) -> float:
         command += [train_lm.__file__, "--steps", str(steps), "--text", str(TRAINED)]
         environ = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, check=True, capture_output=True, env=environ)
-        (state,) = Path(folder).glob("saved/*/state.h5")
+        state = max(Path(folder).glob("saved/*/state.h5"))
         model = train_lm.LanguageModel(train_lm.width_for(200_000)).eval()
         with h5py.File(state) as file:
             model.load_state_dict(

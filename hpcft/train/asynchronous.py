@@ -70,7 +70,6 @@ class Asynchronous:
         self._flat = Flat(p for module in state.modules() for p in module.parameters())
         #: The parameters as they were when the step under way began.
         self._base = self._flat.empty()
-        self._now = self._flat.empty()
         assert session.listener is not None
         self._mesh = Mesh(
             self._world.world,
@@ -198,9 +197,8 @@ class Asynchronous:
         ------
         StepInterrupted: somebody has called for a recovery of all.
         """
-        self._flat.read(self._now)
         # A new one each time, for it is sent without another copy.
-        update = torch.sub(self._now, self._base).mul_(share)
+        update = self._flat.read(self._flat.empty()).sub_(self._base).mul_(share)
         self._base.add_(update)
         self._mesh.publish(self._state.step, update.numpy())
         self._absorb(always=True)

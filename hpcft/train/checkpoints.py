@@ -259,8 +259,8 @@ class Checkpoints:
         ]
         self._layout: tuple[str, str] | None = None
         self._everybody: CommRanks | None = None
-        #: Whether this rank has a part in saving.
-        self._saves = True
+        #: Whether this rank has a part in saving, and whether it saves without the others.
+        self._saves, self._alone = True, False
         self.newest = -1
 
     @property
@@ -460,7 +460,7 @@ class Checkpoints:
     def attach(self, comm: MPI.Intracomm, state: State) -> None:
         """Save with the ranks of ``comm`` from now on."""
         self._everybody = ranks = CommRanks(comm)
-        self._saves = True
+        self._saves, self._alone = True, False
         if self._near and ranks.rank == 0:
             # Else they are not found again, which the files make up for.
             with contextlib.suppress(OSError):
@@ -487,10 +487,10 @@ class Checkpoints:
         self._everybody = CommRanks(comm) if comm else None
         for near in self._near if saves else ():
             near.series.attach(Alone(), state.step, soon=True)
-        if saves and self._saves and isinstance(self._saver.ranks, Alone):
-            # It has done so before; a save that is under way goes on.
+        if saves == self._saves and self._alone:
+            # As before; a save that is under way goes on.
             return
-        self._saves = saves
+        self._saves, self._alone = saves, True
         self._series.attach(Alone(), state.step, soon=False)
 
     def drop(self) -> None:

@@ -77,13 +77,11 @@ class _Peer:
 
     step: the last that it is known to have completed.
     since: its step when it took us in: what it sends is of those that follow.
-    sent: our step up to which it has been sent all, or is about to be.
     work: notified when there is something to send.
     """
 
     world: int
     sock: socket.socket
-    sent: int
     work: threading.Condition
     step: int = _NONE
     since: int = _NONE
@@ -277,7 +275,7 @@ class Mesh:
                 del self._asking[world]
                 if peer := self._peers.get(world):
                     # It is in there.
-                    peer.pending, peer.sent = None, self._step
+                    peer.pending = None
                     peer.snapshot = made
                     peer.work.notify()
 
@@ -401,7 +399,7 @@ class Mesh:
                 if former := self._peers.get(found):
                     # It has dialled again, for it has lost the connection.
                     self._drop(former)
-                peer = _Peer(found, sock, self._step, threading.Condition(self._lock))
+                peer = _Peer(found, sock, threading.Condition(self._lock))
                 peer.done = self._done
                 self._peers[found] = peer
                 self._received.pop(found, None)
@@ -478,8 +476,6 @@ class Mesh:
                 wishes, peer.wishes = peer.wishes, []
                 update, peer.pending = peer.pending, None
                 done, peer.done = peer.done, None
-                if update:
-                    peer.sent = update.hi
             for kind, number, package in wishes:
                 peer.sock.sendall(_HEADER.pack(kind, number, 0, len(package)))
                 peer.sock.sendall(package)

@@ -132,6 +132,42 @@ def test_checkpoints_are_taken() -> None:
         assert policy == replace(expected, layout=layout)
 
 
+@pytest.mark.parametrize(
+    ("words", "mode"),
+    [
+        ("", Mode()),
+        ("--backup 2", Mode("backup", 2)),
+        ("--mode backup", Mode("backup", 1)),
+        ("--mode local-sgd", Mode("local-sgd", sync_every=8, elastic=1.0)),
+        ("--mode local-sgd --sync-every 3 --elastic 0.5", Mode("local-sgd", 0, 3, 0.5)),
+        ("--mode async --staleness 2", Mode("async", staleness=2)),
+    ],
+)
+def test_modes(words: str, mode: Mode) -> None:
+    assert parse([*words.split(), SCRIPT]).mode == mode
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (
+            "--staleness 3",
+            "--staleness is not for --mode sync; leave it away, or give --mode async",
+        ),
+        ("--mode async --elastic 0.5", "--elastic is not for --mode async"),
+        ("--mode async --staleness 0", "--staleness 0 makes no sense; give 1 or more"),
+        ("--mode local-sgd --elastic 1.5", "--elastic 1.5 makes no sense; give a number above 0"),
+        ("--mode local-sgd --elastic nan", "--elastic nan makes no sense"),
+        ("--mode local-sgd --sync-every 0", "--sync-every 0 makes no sense"),
+        ("--mode async --ckpt-dir c --ckpt-near 9", "--ckpt-near is not for --mode async"),
+    ],
+)
+def test_what_is_no_mode_is_refused(words: str, why: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        parse([*words.split(), SCRIPT])
+    assert raised.value.line.startswith(why)
+
+
 def test_tiers_near_the_ranks() -> None:
     def near(*more: str) -> tuple[Tier, ...]:
         policy = parse(["--ckpt-dir", "/ck", *more, SCRIPT]).checkpoints
