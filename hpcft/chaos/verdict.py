@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -63,10 +64,22 @@ class Verdict:
 
 def findings(deeds: Sequence[Deed], events: Sequence[Event]) -> list[Finding]:
     """What the run did about each."""
-    return [_finding(deed, events) for deed in deeds]
+    return [_finding(deed, events, _next(deed, deeds)) for deed in deeds]
 
 
-def _finding(deed: Deed, events: Sequence[Event]) -> Finding:
+def _next(deed: Deed, deeds: Sequence[Deed]) -> float:
+    """When one of those it has hit was hit again; what they die of from then on is due to that."""
+    return min(
+        (
+            other.done
+            for other in deeds[deeds.index(deed) + 1 :]
+            if other.done is not None and set(other.worlds) & set(deed.worlds)
+        ),
+        default=math.inf,
+    )
+
+
+def _finding(deed: Deed, events: Sequence[Event], until_next: float) -> Finding:
     def found(answer: Answer, detail: str, until: float | None = None) -> Finding:
         seconds = None if until is None or deed.done is None else max(0.0, until - deed.done)
         return Finding(
@@ -88,7 +101,7 @@ def _finding(deed: Deed, events: Sequence[Event]) -> Finding:
         (
             (n, e)
             for n, e in enumerate(after[:later])
-            if e.kind == "failure" and e.detail.get("world") in deed.worlds
+            if e.kind == "failure" and e.detail.get("world") in deed.worlds and e.time < until_next
         ),
         None,
     )

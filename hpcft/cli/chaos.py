@@ -64,6 +64,8 @@ _FAULTS: tuple[Kind, ...] = ("kill", "hang", "slow")
 #: What others on the host feel as well.
 _DANGEROUS: tuple[Kind, ...] = ("full", "clock")
 _LOOK = 0.2
+#: Seconds after a fault in which the run comes to tell what it did: causes are waited for.
+_TOLD = 6.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -195,9 +197,10 @@ def _settle(chaos: Campaign, run: Run, patience: float) -> None:
     """Wait until the run has answered all faults, and trains, or has ended."""
     deadline = time.monotonic() + patience
     last = max((deed.step for deed in chaos.deeds if deed.done is not None), default=-1)
+    told = max((deed.done for deed in chaos.deeds if deed.done), default=0.0) + _TOLD
     while time.monotonic() < deadline and not chaos.over:
         answered = verdict.settled(chaos.deeds, run.rundir.events())
-        if answered and chaos.step > last and see(run).state == "training":
+        if time.time() > told and answered and chaos.step > last and see(run).state == "training":
             return
         time.sleep(_LOOK)
 

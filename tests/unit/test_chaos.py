@@ -372,6 +372,12 @@ def test_a_kill_that_nobody_has_answered_fails() -> None:
     assert "nothing was done about it" in found.reasons[0]
 
 
+def test_who_is_hit_twice_has_died_of_the_second() -> None:
+    deeds = [deed(15, "0s slow for=1s", 40, 2, undone=16), deed(20, "5s kill", 50, 2)]
+    answers = [one.answer for one in judged(deeds, SUBSTITUTED).findings]
+    assert answers == ["went on", "substitute"]
+
+
 def test_a_hang_that_was_too_short_to_be_noticed_passes() -> None:
     found = judged([deed(20, "0s hang for=1s", 50, 1, undone=21)], SUBSTITUTED[:1])
     assert found.passed
