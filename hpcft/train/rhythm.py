@@ -43,7 +43,7 @@ class Meter:
         self._left: float | None = None
         self._begun: float | None = None
         self._busy: list[float] = []
-        self._held_up = self._copied = 0.0
+        self._held_up = self._waited = self._copied = 0.0
 
     def copied(self, seconds: float) -> None:
         """The optimizer has waited for the state to be copied."""
@@ -62,14 +62,15 @@ class Meter:
             length = began - self._left - self._copied
             (self._quiet if before is None else self._busy).append(length)
         if before is not None:
-            self._held_up += self._copied
+            self._waited += self._copied
         if before is not None or after is not None:
             self._held_up += now - began
         if after is not before:
             if self._begun is not None:
                 self._found.append((self._cost(), now - self._begun))
             # What this edge has done belongs to the one that begins.
-            self._busy, self._held_up = [], now - began if after is not None else 0.0
+            self._busy, self._waited = [], 0.0
+            self._held_up = now - began if after is not None else 0.0
             self._begun = began if after is not None else None
         self._left, self._copied = now, 0.0
 
@@ -77,7 +78,8 @@ class Meter:
         slower = 0.0
         if self._quiet and self._busy:
             slower = statistics.median(self._busy) - statistics.median(self._quiet)
-        return max(0.0, self._held_up + len(self._busy) * slower)
+        # What edges take for slower ranks the steps have less to wait for.
+        return self._waited + max(0.0, self._held_up + len(self._busy) * slower)
 
     @property
     def found(self) -> tuple[float, float] | None:
