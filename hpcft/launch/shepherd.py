@@ -813,6 +813,8 @@ class Shepherd:
         elif kind.startswith("at "):
             self._departures.heard(fact)
         elif kind.startswith(f"{REPLACE} "):
+            # The spare may take a slow rank's place.
+            self._evaluator.drop()
             # Else the rank cannot be told yet.
             if self.fleet:
                 self._departures.have_replaced()

@@ -29,9 +29,7 @@ def fleets(nodes: Sequence[str]) -> list[Fleet]:
     ]
     made = []
     for rank in range(len(nodes)):
-        made.append(
-            Fleet(rank, peers, 30.0, lambda fact: None, lambda hold: None, lambda why: None)
-        )
+        made.append(Fleet(rank, peers, 30.0, *[lambda _: None] * 4))
     for listener in listeners:
         for sock in (listener.tcp, listener.courier, listener.unix):
             sock.close()
@@ -91,7 +89,7 @@ def test_copies_of_ranks_that_train_lie_on_the_idle_node_alone(tmp_path: Path) -
             for rank, listener in enumerate(listeners)
         ]
         every = [
-            Fleet(r, peers, 30.0, lambda fact: None, lambda hold: None, lambda why: None)
+            Fleet(r, peers, 30.0, *[lambda _: None] * 4)
             for r in range(3)
         ]
         couriers = [Courier(rank, [stores[rank]]) for rank in range(3)]
