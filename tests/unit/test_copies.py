@@ -88,10 +88,7 @@ def test_copies_of_ranks_that_train_lie_on_the_idle_node_alone(tmp_path: Path) -
             listener.peer(Place(rank, 3, nodes[rank], nodes[rank], "127.0.0.1"))
             for rank, listener in enumerate(listeners)
         ]
-        every = [
-            Fleet(r, peers, 30.0, *[lambda _: None] * 4)
-            for r in range(3)
-        ]
+        every = [Fleet(r, peers, 30.0, *[lambda _: None] * 4) for r in range(3)]
         couriers = [Courier(rank, [stores[rank]]) for rank in range(3)]
         for courier, listener in zip(couriers, listeners, strict=True):
             await courier.listen(listener.courier, SECRET)
