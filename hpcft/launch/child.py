@@ -59,7 +59,11 @@ def _families() -> dict[int, list[int]]:
 
 def _stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat after the name, which, in brackets, may hold anything."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return _fields(Path(f"/proc/{pid}"))
+
+
+def _fields(folder: Path) -> list[str]:
+    return (folder / "stat").read_text().rpartition(")")[2].split()
 
 
 class Child:
@@ -98,6 +102,14 @@ class Child:
         """Stop the rank, or let it go on."""
         self.stopped_by_us = stop
         self.send(signal.SIGSTOP if stop else signal.SIGCONT)
+
+    def hangs(self) -> bool:
+        """Whether the kernel keeps one of its threads waiting for a device or a file system."""
+        with contextlib.suppress(OSError):
+            return any(
+                _fields(thread)[0] == "D" for thread in Path(f"/proc/{self.pid}/task").iterdir()
+            )
+        return False
 
     def cpu_seconds(self) -> float:
         """Processor time the rank and its descendants have used so far."""

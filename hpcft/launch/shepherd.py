@@ -68,8 +68,9 @@ from hpcft.world.progress import Progress
 _FENCED_TIME = 60.0
 #: Seconds a killed process may take to end.
 _REAP_TIME = 2.0
-#: Seconds a process may take to end after its main thread.
-_LINGER_TIME = 10.0
+#: Seconds a process may take to end after its main thread; and at most, if it does not hang, for
+#: on a busy machine taking its memory apart takes its time.
+_LINGER_TIME, _MOST_LINGER_TIME = 10.0, 120.0
 #: Seconds in which the others notice that the launch was called off; who does not is signalled.
 _NOTICE_TIME = 1.0
 #: Exit codes of a run that somebody has ended.
@@ -664,15 +665,19 @@ class Shepherd:
             return
         if self._agreed:
             loop = asyncio.get_running_loop()
-            loop.call_later(_LINGER_TIME, self._lingers)
+            loop.call_later(_LINGER_TIME, self._lingers, loop.time() + _MOST_LINGER_TIME)
         elif self._dying:
             self.fleet.announce_death(Death(self._place.rank, self._dying, self._died_at))
         elif self._progress.read().running and not self._child.said_so:
             self.fleet.announce_end(self._place.rank, at)
 
-    def _lingers(self) -> None:
+    def _lingers(self, deadline: float) -> None:
         """All is over, but the kernel keeps the process: a file system does not answer a thread."""
         if self._reaped or self._over.is_set():
+            return
+        loop = asyncio.get_running_loop()
+        if not self._child.hangs() and loop.time() < deadline:
+            loop.call_later(1.0, self._lingers, deadline)
             return
         assert self.fleet is not None
         rank, pid = self._place.rank, self._child.pid
