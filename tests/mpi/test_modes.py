@@ -115,7 +115,8 @@ def test_checkpoints_are_gone_on_from(tmp_path: Path, mode: str) -> None:
     left = run.events()[-1]
     assert left["kind"] == "interrupted"
     step = left["detail"]["newest"]
-    assert step == left["step"] >= 20
+    # Where each rank is at a step of its own, another may have been the first to come so far.
+    assert step == left["step"] >= (1 if mode == "async" else 20)
     (tmp_path / "again").mkdir()
     again = start(tmp_path / "again", mode, 2, 0, *saved, "--", "--steps", str(step + 20))
     again.finish()
