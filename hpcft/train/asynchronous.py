@@ -5,10 +5,16 @@ and its distributed relatives (Dean et al., "Large scale distributed deep networ
 with a bound on how far ranks may be apart (Ho et al., "More effective distributed ML via a stale
 synchronous parallel parameter server", NeurIPS 2013).
 
-At a step's end a rank scales what the step has changed by its share of the samples, sends that to
-all others, and adds what theirs have sent meanwhile. So all copies hold the same sum of updates but
-for those on their way; and N steps, one of each rank, move the parameters as far as one step of all
-together would. What an optimizer keeps stays each rank's own.
+At a step's end a rank scales what the step has changed, sends that to all others, and adds what
+theirs have sent meanwhile. So all copies hold the same sum of updates but for those on their way.
+What an optimizer keeps stays each rank's own.
+
+The scale is the rank's share of the samples, 1/N: N steps, one of each rank, then move the
+parameters as far as one step of all together would. Where the optimizer divides by the size of
+gradients (Adam and its like) it is the square root of that: a rank's own gradients are N times
+noisier, their steps in different directions, and N of them come to less than one of all together
+(the square root scaling rule: Malladi et al., "On the SDEs and scaling rules for adaptive gradient
+algorithms", NeurIPS 2022).
 
 What comes in is added by the thread that trains, at the edge of a step, and not by that of the
 connection in the midst of one: so a gradient belongs to one set of parameters, and checkpoints and
@@ -38,6 +44,8 @@ from hpcft.world.membership import Healing
 from hpcft.world.session import Session
 from hpcft.world.succession import succeed
 
+#: What optimizers keep that divide by the size of gradients: the names torch's own have for it.
+_SIZES = frozenset({"exp_avg_sq", "exp_inf", "square_avg", "sum"})
 #: Seconds between two looks at the world of who waits for others.
 _LOOK = 0.01
 #: Seconds in which one who has the state must be found.
@@ -198,11 +206,17 @@ class Asynchronous:
         StepInterrupted: somebody has called for a recovery of all.
         """
         # A new one each time, for it is sent without another copy.
-        update = self._flat.read(self._flat.empty()).sub_(self._base).mul_(share)
+        scale = share**0.5 if self._adapts() else share
+        update = self._flat.read(self._flat.empty()).sub_(self._base).mul_(scale)
         self._base.add_(update)
         self._mesh.publish(self._state.step, update.numpy())
         self._absorb(always=True)
         self._attend()
+
+    def _adapts(self) -> bool:
+        """Whether the optimizers divide by the size of gradients."""
+        kept = (kept for optimizer in self._state.optimizers() for kept in optimizer.state.values())
+        return any(not _SIZES.isdisjoint(names) for names in kept)
 
     def _absorb(self, always: bool = False) -> None:
         """Add what has come in."""
