@@ -269,9 +269,9 @@ class Cluster:
         home = HOME / node
         (home / "tmp").mkdir(parents=True, exist_ok=True)
         (home / "spool").mkdir(exist_ok=True)
-        # With what a slurmstepd that was killed leaves behind Slurm 22.05 cannot start a step of
-        # the same number, as that of a job which is requeued, on this node again.
-        for left in [*(home / "spool").glob("*pmix.*"), *(home / "spool").glob(f"{node}_*")]:
+        # With what PMIx of a slurmstepd that was killed leaves behind Slurm 22.05 cannot start a
+        # step of the same number, as that of a job which is requeued, on this node again.
+        for left in [*(home / "spool").glob("*pmix.*"), *(home / "tmp").glob("spmix_*")]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         group = _FREEZER / f"hpcft-lab-{node}"
         group.mkdir(exist_ok=True)
