@@ -751,16 +751,20 @@ class Job:
         else:
             self._checkpoints.attach(comm, state)
 
-    def _warm_up(self, train: Callable[[State], None], state: State) -> None:
-        """Run a few steps for nobody, so that all that is made on first use is made."""
-        self._dry = _MOST_DRY_STEPS
+    def _run_dry(self, train: Callable[[State], None], state: State, what: str) -> None:
+        """Run the script's steps for nobody; ``what`` they are is said if they fail."""
         try:
             train(state)
         except _DryRunOver:
             pass
         except Exception:
-            print("hpcft: the dry steps of a spare failed:", file=sys.stderr)
+            print(f"hpcft: {what} failed:", file=sys.stderr)
             traceback.print_exc()
+
+    def _warm_up(self, train: Callable[[State], None], state: State) -> None:
+        """Run a few steps for nobody, so that all that is made on first use is made."""
+        self._dry = _MOST_DRY_STEPS
+        self._run_dry(train, state, "the dry steps of a spare")
         self._dry = 0
         self._warmed = True
 
@@ -774,13 +778,7 @@ class Job:
         if state.sharded():
             return
         self._trial, self._dry = [], _TRIAL_STEPS
-        try:
-            train(state)
-        except _DryRunOver:
-            pass
-        except Exception:
-            print("hpcft: the dry steps of a spare failed:", file=sys.stderr)
-            traceback.print_exc()
+        self._run_dry(train, state, "the dry steps of a spare")
         times, self._trial, self._dry = self._trial, None, 0
         if len(times) == _TRIAL_STEPS:
             link.send("probed", seconds=median(b - a for a, b in pairwise(times)))
@@ -789,13 +787,7 @@ class Job:
         """Begin a step for nobody, as a failure came before this rank had completed a first one."""
         self.group.failure = self.group.failure or MPI.Exception(MPI.ERR_REVOKED)
         self._idle = set(state.optimizers())
-        try:
-            train(state)
-        except _DryRunOver:
-            pass
-        except Exception:
-            print("hpcft: a dry step of a survivor failed:", file=sys.stderr)
-            traceback.print_exc()
+        self._run_dry(train, state, "a dry step of a survivor")
         self._idle = None
         self._buckets.settle()
 

@@ -7,17 +7,15 @@ not end when one of them dies, to make a communicator of some.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from mpi4py import MPI
 
+from hpcft.train.transfer import buffers
 from hpcft.world.requests import wait_all
 
 #: Of messages beside those of the script, which uses the same communicator.
 _TAG = 32_013
-#: Bytes of a message; MPI counts are ints in Open MPI 5.
-_COUNTABLE = 1 << 30
 
 
 def add_up(comm: MPI.Intracomm, ranks: Sequence[int], flat: torch.Tensor) -> None:
@@ -52,22 +50,14 @@ def give(comm: MPI.Intracomm, ranks: Sequence[int], flat: torch.Tensor) -> None:
     MPI.Exception: a rank has failed.
     """
     if comm.rank == ranks[0]:
-        wait_all([comm.Isend(data, r, _TAG) for r in ranks[1:] for data in _messages(flat)])
+        wait_all([comm.Isend(data, r, _TAG) for r in ranks[1:] for data in buffers([flat])])
     else:
-        wait_all([comm.Irecv(data, ranks[0], _TAG) for data in _messages(flat)])
+        wait_all([comm.Irecv(data, ranks[0], _TAG) for data in buffers([flat])])
 
 
 def _swap(
     comm: MPI.Intracomm, sent: torch.Tensor, to: int, received: torch.Tensor, source: int
 ) -> None:
-    requests = [comm.Irecv(data, source, _TAG) for data in _messages(received)]
-    requests += [comm.Isend(data, to, _TAG) for data in _messages(sent)]
+    requests = [comm.Irecv(data, source, _TAG) for data in buffers([received])]
+    requests += [comm.Isend(data, to, _TAG) for data in buffers([sent])]
     wait_all(requests)
-
-
-def _messages(flat: torch.Tensor) -> list[Any]:
-    """A tensor's memory, in pieces that MPI can count."""
-    data = flat.view(torch.uint8).numpy()
-    return [
-        [data[start : start + _COUNTABLE], MPI.BYTE] for start in range(0, data.size, _COUNTABLE)
-    ]

@@ -51,7 +51,7 @@ class Arrival:
         self._tensors = self._rooms(slots)
         here = _in_host(self._tensors)
         staged = [_staging(tensor) for tensor in here]
-        wait_all([comm.Irecv(buffer, parent, _TAG) for buffer in _buffers(staged)])
+        wait_all([comm.Irecv(buffer, parent, _TAG) for buffer in buffers(staged)])
         for tensor, stage in zip(here, staged, strict=True):
             if stage.data_ptr() != tensor.data_ptr():
                 tensor.copy_(stage)
@@ -101,7 +101,7 @@ def _pass_on(
     requests = [comm.isend(package, child, _TAG) for child in children]
     # All at once, so that nothing waits for a round trip.
     requests += [
-        comm.Isend(buffer, child, _TAG) for child in children for buffer in _buffers(staged)
+        comm.Isend(buffer, child, _TAG) for child in children for buffer in buffers(staged)
     ]
     wait_all(requests)
 
@@ -136,7 +136,7 @@ class _Passage:
             self._received = [comm.Irecv(buffer, parent, _TAG) for buffer in self._message()]
 
     def _message(self) -> list[_Buffer]:
-        return _buffers([self._stage])
+        return buffers([self._stage])
 
     def _send(self) -> None:
         self._sent = [
@@ -181,7 +181,7 @@ def _pieces(tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
             yield from torch.split(flat, _PIECE)
 
 
-def _buffers(staged: list[torch.Tensor]) -> list[_Buffer]:
+def buffers(staged: list[torch.Tensor]) -> list[_Buffer]:
     """The tensors' memory, in pieces MPI can count."""
     return [
         (buffer[start : start + COUNTABLE], MPI.BYTE)
