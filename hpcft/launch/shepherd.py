@@ -54,6 +54,7 @@ from hpcft.launch.place import Place, Task
 from hpcft.launch.reaper import Reaper
 from hpcft.launch.relay import Relay
 from hpcft.launch.resizing import Resizing
+from hpcft.launch.roll import Roll
 from hpcft.launch.scheduler import Scheduler, retire_drained
 from hpcft.launch.siblings import Siblings
 from hpcft.launch.signals import ENDS, WARNINGS, Meaning, Signals
@@ -147,6 +148,9 @@ class Shepherd:
         if task.step:
             self._scheduler = Scheduler(task.step, self._rundir, bool(options.verbose))
         self._signals = Signals(options.checkpoints is not None)
+        self._roll: Roll | None = None
+        #: Names of the nodes that were lost while the ranks were starting.
+        self._missed: frozenset[str] = frozenset()
         self._doorkeeper: Doorkeeper | None = None
         self._tiers = options.checkpoints.near if options.checkpoints else ()
         self._near = [NearStore(Path(tier.path)) for tier in self._tiers]
@@ -219,6 +223,10 @@ class Shepherd:
         self._start_timer = loop.call_later(patience, self._start_failed, "ranks did not start MPI")
         if not self._former:
             self._tasks.append(asyncio.ensure_future(self._watch_start()))
+            if self._task.ranks_here < self._place.size:
+                verbose = self._options.verbose
+                self._roll = Roll(self._task, self._rundir, verbose, self._start_missed)
+                self._tasks.append(asyncio.ensure_future(self._roll.keep()))
         await self._over.wait()
         self._start_timer.cancel()
         self._evaluator.drop()
@@ -388,7 +396,10 @@ class Shepherd:
             await asyncio.sleep(_START_LOOK)
             if self.fleet:
                 return
-            if self._rundir.called_off(self._task.launch):
+            looking = Errand(lambda: self._rundir.called_off(self._task.launch))
+            while not looking.done:
+                await asyncio.sleep(_START_LOOK / 10)
+            if looking.result():
                 self._start_failed("another rank has failed")
             elif siblings.missing(time.monotonic()):
                 self._start_failed("a rank's shepherd ended while the ranks were starting")
@@ -481,6 +492,8 @@ class Shepherd:
         await fleet.join(self._listener, secret)
         self.fleet = fleet
         self._start_timer.cancel()
+        if self._roll:
+            self._leaving_roll = asyncio.ensure_future(self._roll.leave())
         self._tasks.append(asyncio.ensure_future(self._vigil.keep()))
         self._tasks.append(asyncio.ensure_future(self._exporter.keep(lambda: fleet.speaks)))
         if self._place.rank == 0:
@@ -768,6 +781,11 @@ class Shepherd:
             self.outcome.reason = reason
             self._over.set()
 
+    def _start_missed(self, hosts: frozenset[str], reason: str) -> None:
+        if self.fleet is None:
+            self._missed |= hosts
+            self._start_failed(reason, _TOO_MUCH)
+
     async def _leave_early(self) -> NoReturn:
         """Leave before the ranks have met, and have all the others leave.
 
@@ -775,13 +793,25 @@ class Shepherd:
         """
         self._warm.kill()
         self._warm.flush()
+        if self._asked and self._roll:
+            # Who is asked as well is not to take this for the loss of a node.
+            await self._roll.leave()
         if not self._asked and self._rundir.call_off(self._task.launch):
-            print(f"hpcft: {self.outcome.reason}", file=sys.stderr, flush=True)
+            if self._missed:
+                self._tell_of_missed()
+            else:
+                print(f"hpcft: {self.outcome.reason}", file=sys.stderr, flush=True)
             # A signal could come before who is still starting can take it for what it is.
             await asyncio.sleep(_NOTICE_TIME)
             await self._have_it_uploaded()
             self._task.end_all()
         os._exit(self.outcome.decided or 1)
+
+    def _tell_of_missed(self) -> None:
+        """For all: nodes were lost before training has begun, and the job may do without them."""
+        self._chronicle.failed(self.outcome.reason, (), {}, self._near)
+        if self._scheduler and self._options.most_requeues is not None:
+            self._scheduler.concluded(_TOO_MUCH, self._options.most_requeues, self._missed)
 
     # -- the others speak ----------------------------------------------------------------------
 
