@@ -85,6 +85,7 @@ _REST_TIME = 5.0
 #: Seconds in which all ranks must have started MPI, and those that go by before the last of them
 #: has imported what is preloaded.
 _START_TIME, _PRELOAD_TIME = 300.0, 3600.0
+_CALLED_OFF = "another rank has failed"
 #: Seconds between two looks at whether the start has come to nothing.
 _START_LOOK = 0.5
 
@@ -400,7 +401,7 @@ class Shepherd:
             while not looking.done:
                 await asyncio.sleep(_START_LOOK / 10)
             if looking.result():
-                self._start_failed("another rank has failed")
+                self._start_failed(_CALLED_OFF)
             elif siblings.missing(time.monotonic()):
                 self._start_failed("a rank's shepherd ended while the ranks were starting")
 
@@ -782,8 +783,13 @@ class Shepherd:
             self._over.set()
 
     def _start_missed(self, hosts: frozenset[str], reason: str) -> None:
-        if self.fleet is None:
-            self._missed |= hosts
+        if self.fleet:
+            return
+        if self._rundir.called_off(self._task.launch):
+            # Its shepherd has left for that.
+            self._start_failed(_CALLED_OFF)
+        else:
+            self._missed = hosts
             self._start_failed(reason, _TOO_MUCH)
 
     async def _leave_early(self) -> NoReturn:
