@@ -12,8 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpcft.train.checkpoints import Checkpoints
 from hpcft.train.dealing import Share
-from hpcft.train.process_group import WorldProcessGroup, completed
+from hpcft.train.process_group import WorldProcessGroup
 from hpcft.train.replica import Replica
+from hpcft.train.works import completed
 from hpcft.world.recovery import Recovered, World
 
 

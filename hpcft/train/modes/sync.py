@@ -10,7 +10,7 @@ from torch.futures import Future
 
 from hpcft.train.dealing import Share
 from hpcft.train.modes.strategy import Strategy
-from hpcft.train.process_group import completed
+from hpcft.train.works import completed
 
 
 class Sync(Strategy):
