@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from hpcft.cli import quantities
-from hpcft.cli.output import Column, duration, say, table, write_whole
+from hpcft.cli.output import Column, say, table, write_whole
 from hpcft.cli.runs import RUN, see
 from hpcft.errors import HpcftError, UsageError
 from hpcft.foresight.scenario import (
@@ -28,6 +28,7 @@ from hpcft.foresight.scenario import (
     Stack,
     Tier,
 )
+from hpcft.report.amounts import duration
 from hpcft.watch.runs import find
 
 if TYPE_CHECKING:

@@ -859,7 +859,7 @@ class Shepherd:
             # Else the rank cannot be told yet.
             if self.fleet:
                 self._departures.have_replaced()
-        elif kind in ("pace", "slow", "probed"):
+        elif kind in ("slow", "probed"):
             self._stragglers.heard(fact)
         elif kind == "done":
             self.outcome.ended(rank, Ending(fact["code"], fact["cause"]))
@@ -876,9 +876,11 @@ class Shepherd:
         self._check_over()
 
     def _noted(self, note: Message) -> None:
-        """Something for the moment: to be settled here, or that has been settled."""
+        """Something for the moment: a rank's pace, what is to be settled here, or is settled."""
         if note["kind"] == "cohort":
             self._link.tell(note)
+        elif note["kind"] == "pace":
+            self._stragglers.noted(note)
         else:
             self._cohorts.heard(note)
 

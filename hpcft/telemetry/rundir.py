@@ -134,8 +134,7 @@ class RunDirectory:
 
     def _by_launch(self) -> tuple[list[Event], list[Event]]:
         events = self.events()
-        anew = ("relaunch", "resize")
-        last = max((i for i, e in enumerate(events) if e.kind in anew), default=-1)
+        last = max((i for i, e in enumerate(events) if e.kind in log.ANEW), default=-1)
         return events[: last + 1], events[last + 1 :]
 
     def append(self, events: list[Event]) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hpcft.telemetry.events import Echo, Event, line, size_at
+from hpcft.telemetry.beginnings import size_at
+from hpcft.telemetry.events import Echo, Event, line
 from hpcft.telemetry.rundir import RunDirectory
 
 
