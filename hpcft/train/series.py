@@ -47,6 +47,8 @@ class Hooks:
     waiting: is entered around what may wait for other ranks.
     after: what has become of the last one that was written.
     beginning: another is begun, and whether all ranks were through with the last.
+    spared: whether one that is due need not be made, for somebody else has made one of this step or
+        a later one; asked of rank 0. None: nobody else does.
     """
 
     committed: Callable[[Checkpoint, float], None]
@@ -56,6 +58,7 @@ class Hooks:
     waiting: Callable[[], AbstractContextManager[None]]
     after: Callable[[], After] = lambda: After.THROUGH
     beginning: Callable[[bool], None] = lambda through: None
+    spared: Callable[[int], bool] | None = None
 
 
 class Series:
@@ -71,6 +74,9 @@ class Series:
     Attributes
     ----------
     step: of the newest that is known here to be committed; -1 for none.
+    begun: of the newest that was begun since the ranks are these; -1 for none.
+    since: from which step on a checkpoint that somebody else makes spares the ranks the next that
+        is due.
     """
 
     def __init__(
@@ -82,7 +88,7 @@ class Series:
         hooks: Hooks,
         rhythm: Rhythm | None = None,
     ) -> None:
-        self.step = -1
+        self.step = self.begun = self.since = -1
         self._saver = saver
         self._every = every
         self._timed = timed
@@ -123,6 +129,7 @@ class Series:
         self._measured_from = (step, time.monotonic())
         self._next = step + 1 if soon else None
         self._seen = step
+        self.begun, self.since = -1, step + 1
         if self.rhythm:
             self.rhythm.meter.restart()
 
@@ -161,7 +168,7 @@ class Series:
             except SaveFailed as error:
                 self._failed(state.step, error)
             # Also if the one before has failed just now: a step that was due does not come again.
-            due = self._due(state.step)
+            due = self._due(state.step) and not self._spared(state.step)
             try:
                 if (self._asked_anew() or due) and self._free(state.step):
                     self._begin(state, self._overlap)
@@ -271,6 +278,21 @@ class Series:
             self._schedule(step, (time.monotonic() - began) / (step - since))
         return False
 
+    def _spared(self, step: int) -> bool:
+        """Whether one is due that somebody else has made."""
+        if self._hooks.spared is None:
+            return False
+        spared: bool = self._ranks.share(self._ranks.rank == 0 and self._hooks.spared(self.since))
+        # What the ranks save now, they need not have saved for them as well.
+        self.since = step if spared else step + 1
+        if spared and self._timed:
+            self._schedule_next(step)
+        return spared
+
+    def _schedule_next(self, step: int) -> None:
+        since, began = self._measured_from
+        self._schedule(step, (time.monotonic() - began) / max(1, step - since))
+
     def _schedule(self, step: int, seconds: float) -> None:
         every = self._every
         if self.rhythm and self._ranks.rank == 0:
@@ -303,8 +325,7 @@ class Series:
 
     def _begin(self, state: State, overlap: bool) -> None:
         if self._timed:
-            since, began = self._measured_from
-            self._schedule(state.step, (time.monotonic() - began) / max(1, state.step - since))
+            self._schedule_next(state.step)
         self._hooks.beginning(self._through)
         began = time.monotonic()
         content = state.to_tree(frozen=overlap)
@@ -314,5 +335,6 @@ class Series:
             self._hooks.committed(checkpoint, time.monotonic() - began)
 
         self._save = self._saver.begin(state.step, content, self._metrics, committed)
+        self.begun = state.step
         if not overlap:
             self._save.wait_copied()
