@@ -613,6 +613,12 @@ class Shepherd:
         tier, checkpoint, files = message["tier"], message["checkpoint"], message["files"]
         self._copies.make(tier, checkpoint, files, message["drained"])
 
+    async def _rank_finishing(self, message: Message) -> None:
+        """The ranks have trained to the end, and save the last step themselves."""
+        assert self.fleet is not None
+        if drainer := self.fleet.drainer(self._crew.active):
+            self.fleet.note(drainer.rank, kind="finishing")
+
     async def _rank_unsaved(self, message: Message) -> None:
         """Training is over, and the last checkpoint could not be saved but near the ranks."""
         self._unsaved = True
@@ -861,6 +867,10 @@ class Shepherd:
         """Something for the moment: to be settled here, or that has been settled."""
         if note["kind"] in ("cohort", "drained"):
             self._link.tell(note)
+        elif note["kind"] == "finishing":
+            if self._drainer:
+                # What it is writing would only be in the way.
+                self._drainer.drop()
         else:
             self._cohorts.heard(note)
 

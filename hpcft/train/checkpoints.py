@@ -570,6 +570,8 @@ class Checkpoints:
         for near in self._near:
             near.series.wait()
         self._await_taking()
+        if self._drained and self._link and self._saves and self._saver.ranks.rank == 0:
+            self._link.send("finishing")
         if self._saves:
             self._series.finish(state)
         assert self._everybody is not None
