@@ -27,10 +27,11 @@ def parse(text: str, spares: int, saves: bool, near: bool, partners: bool) -> tu
     UsageError: a duty is unknown, or there is nothing that it could be done with.
     """
     duties = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    *known, last = get_args(Duty)
     for duty in duties:
         if duty not in get_args(Duty):
             raise UsageError(
-                f"--spares-do does not know {duty!r}", f"choose from {', '.join(get_args(Duty))}"
+                f"--spares-do does not know {duty!r}", f"choose from {', '.join(known)} and {last}"
             )
     if not duties:
         raise UsageError("--spares-do names nothing to do", "leave it away, or give evaluate")
