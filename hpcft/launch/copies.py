@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from hpcft.ckpt.near import Tier, step_of
+from hpcft.ckpt.near import Tier
 from hpcft.ckpt.store import METRICS, STATE
 from hpcft.launch.channel import Message
 from hpcft.launch.company import Peer
@@ -29,7 +29,7 @@ class Copies:
     tiers: in which they may be saved near the rank.
     tell: sends a message to the rank.
     idle_first: nodes where nobody trains are to keep them, if there are any.
-    not_gathered: told of which step a spare does not get what it is to drain, and why.
+    not_gathered: told which checkpoint a spare does not get as a whole, to drain it, and why.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Copies:
         tiers: Sequence[Tier],
         tell: Callable[[Message], None],
         idle_first: bool = False,
-        not_gathered: Callable[[int, str], None] = lambda step, why: None,
+        not_gathered: Callable[[str, str], None] = lambda checkpoint, why: None,
     ) -> None:
         self._courier = courier
         self._fleet = fleet
@@ -98,7 +98,7 @@ class Copies:
             try:
                 await self._gather(drainer, number, checkpoint, all_files, there)
             except Exception as error:
-                self._not_gathered(step_of(checkpoint), str(error) or type(error).__name__)
+                self._not_gathered(checkpoint, str(error) or type(error).__name__)
         # Only now, for until then its files are left as they are.
         self._tell({"kind": "copied", "checkpoint": checkpoint, "why": why})
 

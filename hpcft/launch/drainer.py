@@ -27,7 +27,7 @@ class Drainer:
     Parameters
     ----------
     gathered: where what it is to write comes to lie.
-    failed: told which step could not be written, and why; -1: none can be any more.
+    failed: told which checkpoint could not be written, and why; empty: none can be any more.
     """
 
     def __init__(
@@ -36,13 +36,13 @@ class Drainer:
         fleet: Fleet,
         crew: Crew,
         gathered: NearStore,
-        failed: Callable[[int, str], None],
+        failed: Callable[[str, str], None],
     ) -> None:
         self._fleet = fleet
         self._crew = crew
         self._gathered = gathered
         self._failed = failed
-        self._process = Bystander(warm, self._heard, lambda why: failed(-1, why))
+        self._process = Bystander(warm, self._heard, self._ended)
         #: Whether something may have been brought here.
         self._chosen = False
 
@@ -68,4 +68,9 @@ class Drainer:
         if message["kind"] == "drained":
             self._fleet.note(self._crew.first, **message, world=self._fleet.rank)
         elif message["kind"] == "undrained":
-            self._failed(message["step"], message["why"])
+            self._failed(message["checkpoint"], message["why"])
+
+    def _ended(self, why: str) -> None:
+        # Nobody else would do so before the next is started.
+        Errand(self._gathered.clear_all)
+        self._failed("", why)

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hpcft.ckpt.errand import Errand
-from hpcft.ckpt.near import NearStore
+from hpcft.ckpt.near import NearStore, step_of
 from hpcft.errors import INTERRUPTED, TooFewRanks
 from hpcft.launch import history
 from hpcft.launch.cause import Death, Ending
@@ -593,8 +593,13 @@ class Shepherd:
         if self._drainer:
             self._drainer.drop()
 
-    def _undrained(self, step: int, why: str) -> None:
+    def _undrained(self, checkpoint: str, why: str) -> None:
+        """What the ranks have asked a spare to write, or with an empty name any, is not written."""
+        assert self.fleet is not None
         rank, epoch = self._place.rank, self._crew.epoch
+        step = step_of(checkpoint) if checkpoint else -1
+        if checkpoint:
+            self.fleet.note(self._crew.first, kind="drained", checkpoint=checkpoint, folder="")
         Errand(lambda: self._chronicle.undrained(step, epoch, rank, why))
 
     async def _rank_agreed(self, message: Message) -> None:

@@ -212,6 +212,9 @@ class Near:
         self._safe = name
 
     def _failed(self, step: int, error: SaveFailed) -> None:
+        if step == self.drained_step:
+            # Another can be chosen.
+            self.drained_step = -1
         # Every few steps the same would drown everything else, such as that memory is too small.
         if self._saver.ranks.rank == 0 and not self._failing:
             self._report("save failed", step, {"why": error.message})
@@ -262,7 +265,7 @@ class Checkpoints:
             self._skipped,
             waiting,
             beginning=lambda through: self.beginning(),
-            spared=self._spared if drained else None,
+            elsewhere=self._elsewhere if drained else None,
         )
         self._past = Past(self._store.path, nodes)
         rhythm = _rhythm(FILES, policy, self._past, report)
@@ -276,8 +279,9 @@ class Checkpoints:
         #: What spares are to drain, and of what they have rank 0 is committing.
         self._drained = self._near[0] if drained else None
         self._taking: Errand[None] | None = None
-        #: The step of the newest that a spare has written, in rank 0.
-        self._drained_step = -1
+        #: The step of the newest that a spare has written, in rank 0; and of the one that it was
+        #: asked for and has not answered yet.
+        self._drained_step = self._awaited_step = -1
         self._layout: tuple[str, str] | None = None
         self._everybody: CommRanks | None = None
         #: Whether this rank has a part in saving, and whether it saves without the others.
@@ -661,7 +665,7 @@ class Checkpoints:
         """The ranks are others: what spares have been asked to write before is nobody's."""
         if not self._drained:
             return
-        self._drained.drained_step = self._drained_step = -1
+        self._drained.drained_step = self._drained_step = self._awaited_step = -1
         self._drained.offered.clear()
         if self._link:
             self._link.drained.clear()
@@ -673,49 +677,57 @@ class Checkpoints:
     def _choose_drained(self, near: Near) -> None:
         """Of the saves near the ranks choose the one that a spare is to write; all do alike.
 
-        That is the first of each interval.
+        That is the first of each interval, if the spare has answered for the one before.
         """
         if near.drained_step < self._series.since <= near.series.begun:
-            near.drained_step = near.series.begun
+            near.drained_step = self._awaited_step = near.series.begun
 
     def _take_in_drained(self, near: Near) -> None:
         """Commit what a spare says it has written, in another thread; in rank 0."""
         if not (self._link and self._link.drained) or (self._taking and not self._taking.done):
             return
         said = self._link.drained.pop(0)
-        if said["checkpoint"] in near.offered:
+        name = said["checkpoint"]
+        if not said["folder"]:
+            self._answered(step_of(name))
+        elif name in near.offered:
+            near.offered.remove(name)
             self._taking = Errand(lambda: self._take_in(said))
 
+    def _answered(self, step: int) -> None:
+        if self._awaited_step == step:
+            self._awaited_step = -1
+
     def _take_in(self, said: dict[str, Any]) -> None:
-        folder, step, seconds = said["folder"], said["step"], said["seconds"]
-        checkpoint: Checkpoint | None = None
+        folder, step, seconds, spare = (said[n] for n in ("folder", "step", "seconds", "world"))
+        why = ""
         try:
             if step > self._series.step:
                 checkpoint = self._store.take_in(folder, step)
+                self._series.step = self._drained_step = step
+                detail = {"path": str(checkpoint.path), "seconds": seconds, "world": spare}
+                self._report("checkpoint", step, detail)
             else:
-                # The script has had the ranks save a later one meanwhile.
                 self._store.refuse(folder)
+                why = f"spare {spare} has taken {seconds:.3g} s for step {step}, and the ranks "
+                why += f"have saved step {self._series.step} meanwhile"
         except OSError as error:
-            why = f"what spare {said['world']} has written is not committed: {error}"
-            self._report("drain failed", step, {"why": why, "world": said["world"]})
-            return
-        self._drained_step = max(self._drained_step, step)
-        if checkpoint is None:
-            return
-        self._series.step = step
-        if self._series.rhythm:
-            self._series.rhythm.meter.spared(seconds)
-        detail = {"path": str(checkpoint.path), "seconds": seconds, "world": said["world"]}
-        self._report("checkpoint", step, detail)
-        self._retain()
+            why = f"what spare {spare} has written of step {step} is not committed: {error}"
+        if why:
+            self._report("drain failed", step, {"why": why, "world": spare})
+        else:
+            if self._series.rhythm:
+                self._series.rhythm.meter.spared(seconds)
+            self._retain()
+        self._answered(step)
 
     def _await_taking(self) -> None:
         if self._taking:
             with contextlib.suppress(OSError):
                 self._taking.result(self._policy.timeout)
 
-    def _spared(self, since: int) -> bool:
-        return self._drained_step >= since
+    def _elsewhere(self, since: int) -> tuple[bool, bool]:
+        return self._drained_step >= since, self._awaited_step < 0
 
     def _failed(self, step: int, error: SaveFailed) -> None:
         if self._saver.ranks.rank == 0:

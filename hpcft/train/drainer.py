@@ -15,7 +15,7 @@ from hpcft.ckpt import drain
 from hpcft.ckpt._engine import Engine
 from hpcft.ckpt.drain import DrainShelf
 from hpcft.ckpt.index import Damaged
-from hpcft.ckpt.near import NearStore, step_of
+from hpcft.ckpt.near import NearStore
 from hpcft.ckpt.policy import Policy
 from hpcft.ckpt.ranks import Alone
 from hpcft.ckpt.save import SaveFailed, Saver
@@ -44,9 +44,9 @@ def serve(me: Bystander) -> NoReturn:
         try:
             save = drain.drain(folder, saver)
         except (Damaged, SaveFailed) as error:
-            me.link.send("undrained", step=step_of(name), why=error.message)
+            me.link.send("undrained", checkpoint=name, why=error.message)
         except OSError as error:
-            me.link.send("undrained", step=step_of(name), why=str(error))
+            me.link.send("undrained", checkpoint=name, why=str(error))
         else:
             seconds = round(time.monotonic() - began, 6)
             where = save.folder.name

@@ -15,6 +15,8 @@ from hpcft.ckpt.store import Checkpoint
 from hpcft.train.rhythm import Rhythm
 from hpcft.train.state import State
 
+#: A step to which nobody comes.
+NEVER = 1 << 62
 #: Steps by which the time of a step is measured.
 _MEASURED_STEPS = 5
 
@@ -47,8 +49,9 @@ class Hooks:
     waiting: is entered around what may wait for other ranks.
     after: what has become of the last one that was written.
     beginning: another is begun, and whether all ranks were through with the last.
-    spared: whether one that is due need not be made, for somebody else has made one of this step or
-        a later one; asked of rank 0. None: nobody else does.
+    elsewhere: whether somebody else has made one of this step or a later one, so that the ranks
+        are spared what is due; and whether the next can be asked for. Rank 0 says. None: there is
+        nobody else.
     """
 
     committed: Callable[[Checkpoint, float], None]
@@ -58,7 +61,7 @@ class Hooks:
     waiting: Callable[[], AbstractContextManager[None]]
     after: Callable[[], After] = lambda: After.THROUGH
     beginning: Callable[[bool], None] = lambda through: None
-    spared: Callable[[int], bool] | None = None
+    elsewhere: Callable[[int], tuple[bool, bool]] | None = None
 
 
 class Series:
@@ -74,9 +77,9 @@ class Series:
     Attributes
     ----------
     step: of the newest that is known here to be committed; -1 for none.
-    begun: of the newest that was begun since the ranks are these; -1 for none.
+    begun: of the newest that was begun since the ranks are these, and has not failed; -1 for none.
     since: from which step on a checkpoint that somebody else makes spares the ranks the next that
-        is due.
+        is due; :data:`NEVER` if none is asked for.
     """
 
     def __init__(
@@ -251,6 +254,7 @@ class Series:
     def _failed(self, step: int, error: SaveFailed) -> None:
         self._save = None
         self._asked = False
+        self.begun = -1
         if self.rhythm:
             self.rhythm.meter.restart()
         self._hooks.failed(step, error)
@@ -280,14 +284,16 @@ class Series:
 
     def _spared(self, step: int) -> bool:
         """Whether one is due that somebody else has made."""
-        if self._hooks.spared is None:
+        if self._hooks.elsewhere is None:
             return False
-        spared: bool = self._ranks.share(self._ranks.rank == 0 and self._hooks.spared(self.since))
+        found = self._hooks.elsewhere(self.since) if self._ranks.rank == 0 else None
+        spared, ready = self._ranks.share(found)
         # What the ranks save now, they need not have saved for them as well.
-        self.since = step if spared else step + 1
+        first = step if spared else step + 1
+        self.since = first if ready else NEVER
         if spared and self._timed:
             self._schedule_next(step)
-        return spared
+        return bool(spared)
 
     def _schedule_next(self, step: int) -> None:
         since, began = self._measured_from

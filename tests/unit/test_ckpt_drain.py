@@ -266,21 +266,23 @@ def test_there_is_one_in_each_interval_whatever_spares_do(
         nothing,
         nothing,
         contextlib.nullcontext,
-        spared=lambda since: written[-1] >= since,
+        elsewhere=lambda since: (written[-1] >= since, awaited == -1),
     )
     series = Series(Saver(shelf, Alone(), ENGINE), every, False, False, hooks)
     state = hpcft.State(model=torch.nn.Linear(2, 2))
     series.attach(Alone(), 0, soon=False)
-    chosen = -1
+    chosen = awaited = -1
     for step in range(1, 41):
         state.__dict__["step"] = step
         before = len(shelf.steps)
         series.edge(state, {})
         series.wait()
         if chosen < series.since <= step:
-            chosen = step
-        if step in drained and chosen > written[-1]:
+            assert awaited == -1
+            chosen = awaited = step
+        if step in drained and awaited >= 0:
             written.append(chosen)
+            awaited = -1
         if step % every == 0 and step in written:
             # The ranks were spared at this very step, else it would not have been chosen.
             assert len(shelf.steps) == before
@@ -373,7 +375,7 @@ def test_what_is_chosen_is_gathered_where_the_spare_is(
                     [tier],
                     tell,
                     True,
-                    lambda step, why: failed.append(why),
+                    lambda checkpoint, why: failed.append(why),
                 )
             )
             made[-1].make(0, name, files, drained=True)
