@@ -709,8 +709,8 @@ class Checkpoints:
                 self._report("checkpoint", step, detail)
             else:
                 self._store.refuse(folder)
-                why = f"spare {spare} has taken {seconds:.3g} s for step {step}, and the ranks "
-                why += f"have saved step {self._series.step} meanwhile"
+                why = f"what spare {spare} has written of step {step} comes too late: the ranks "
+                why += f"have saved step {self._series.step} themselves"
         except OSError as error:
             why = f"what spare {spare} has written of step {step} is not committed: {error}"
         if why:
