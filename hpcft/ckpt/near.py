@@ -131,7 +131,9 @@ class NearStore:
         self, folder: Path, step: int, metrics: Mapping[str, float] | None = None
     ) -> Checkpoint:
         """What is whole is committed."""
-        write_metrics(folder, metrics)
+        # It is a checkpoint without them, too.
+        with contextlib.suppress(OSError):
+            write_metrics(folder, metrics)
         return Checkpoint(step, 1, folder)
 
     def clear(self, newest: Path) -> None:

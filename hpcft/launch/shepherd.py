@@ -888,6 +888,7 @@ class Shepherd:
 
     def _fence(self, reason: str) -> None:
         self._child.kill()
+        self._free_spare()
         if self._over.is_set():
             return
         if self._options.verbose >= 2:
