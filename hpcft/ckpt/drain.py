@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from hpcft.ckpt.near import NearStore
 from hpcft.ckpt.plan import Part, Summed
 from hpcft.ckpt.ranks import Memory
 from hpcft.ckpt.reader import Opened, opened
-from hpcft.ckpt.save import Save, SaveFailed, Saver
+from hpcft.ckpt.save import Save, Saver
 from hpcft.ckpt.spec import Node
 from hpcft.ckpt.store import STATE, Checkpoint, Store, read_metrics
 
@@ -75,13 +74,12 @@ def _is_whole(folder: Path) -> bool:
         return True
 
 
-def drain(folder: Path, saver: Saver, tick: Callable[[], None] = lambda: None) -> Save:
+def drain(folder: Path, saver: Saver) -> Save:
     """Write what has been gathered in a folder.
 
     Parameters
     ----------
     saver: its store is a :class:`DrainShelf`.
-    tick: called now and then.
 
     Returns
     -------
@@ -109,16 +107,9 @@ def drain(folder: Path, saver: Saver, tick: Callable[[], None] = lambda: None) -
             read_metrics(folder),
             check,
         )
-        try:
-            while not save.advance(waiting=True):
-                tick()
-                time.sleep(_LOOK)
-            save.finish()
-        finally:
-            # The engine's threads read what is mapped.
-            with suppress(SaveFailed):
-                save.drop()
-                save.finish()
+        while not save.advance(waiting=True):
+            time.sleep(_LOOK)
+        save.finish()
         return save
 
 

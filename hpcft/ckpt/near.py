@@ -226,10 +226,10 @@ class NearStore:
         """
         return NearStore(self.path / f"{_GATHERED}{launch}")
 
-    def clear_gathered(self, but: NearStore | None = None) -> None:
-        """Remove all that was gathered here, ``but`` what is there for a spare to drain."""
+    def clear_gathered(self, but: NearStore) -> None:
+        """Remove what was gathered here for earlier launches."""
         for folder in self.path.glob(f"{_GATHERED}*"):
-            if but is None or folder != but.path:
+            if folder != but.path:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def lend(self, checkpoint: str, file: str, copy: bool, to: NearStore) -> None:

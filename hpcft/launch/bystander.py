@@ -108,13 +108,16 @@ class Bystander:
             self._ended(why)
 
     async def _fork(self, environ: Mapping[str, str], fds: tuple[int, int]) -> int:
+        warm = self._warm.pid
         try:
             return await self._warm.fork(environ, fds)
         except ProcessLookupError:
             if not self._wanted:
                 raise
-            # A library that the script needs has started threads in it, which ends it.
-            self._warm.start()
+            # A library that the script needs has started threads in it, which ends it. Another
+            # bystander may have started it again.
+            if self._warm.pid == warm:
+                self._warm.start()
             return await self._warm.fork(environ, fds)
 
     def _take(self, message: Message) -> str:

@@ -643,13 +643,10 @@ class Checkpoints:
             self._link.send("saved", step=checkpoint.step, seconds=seconds)
         detail = {"path": str(checkpoint.path), "seconds": round(seconds, 6)}
         self._report("checkpoint", checkpoint.step, detail)
-        self._tell_layout(checkpoint.step)
-        self._retain()
-
-    def _tell_layout(self, step: int) -> None:
         if self._saver.chosen and self._saver.chosen != self._layout:
             self._layout = layout, why = self._saver.chosen
-            self._report("layout", step, {"layout": layout, "why": why})
+            self._report("layout", checkpoint.step, {"layout": layout, "why": why})
+        self._retain()
 
     def _retain(self) -> None:
         """Keep, of what is committed, what the user wants."""
@@ -670,8 +667,7 @@ class Checkpoints:
         if self._link:
             self._link.drained.clear()
         if first:
-            # What is on its way is renamed before it is removed, and what has begun to come in is
-            # whole: either may come first.
+            # What is coming in at this moment is whole: it does not matter which comes first.
             Errand(self._store.sweep_drains)
 
     def _choose_drained(self, near: Near) -> None:
@@ -692,6 +688,8 @@ class Checkpoints:
             self._answered(step_of(name))
         elif name in near.offered:
             near.offered.remove(name)
+            if self._series.rhythm:
+                self._series.rhythm.meter.spared(said["seconds"])
             self._taking = Errand(lambda: self._take_in(said))
 
     def _answered(self, step: int) -> None:
@@ -707,19 +705,17 @@ class Checkpoints:
                 self._series.step = self._drained_step = step
                 detail = {"path": str(checkpoint.path), "seconds": seconds, "world": spare}
                 self._report("checkpoint", step, detail)
+                self._retain()
             else:
                 self._store.refuse(folder)
                 why = f"what spare {spare} has written of step {step} comes too late: the ranks "
                 why += f"have saved step {self._series.step} themselves"
         except OSError as error:
             why = f"what spare {spare} has written of step {step} is not committed: {error}"
+        finally:
+            self._answered(step)
         if why:
             self._report("drain failed", step, {"why": why, "world": spare})
-        else:
-            if self._series.rhythm:
-                self._series.rhythm.meter.spared(seconds)
-            self._retain()
-        self._answered(step)
 
     def _await_taking(self) -> None:
         if self._taking:

@@ -24,7 +24,7 @@ from hpcft.world import bystander
 from hpcft.world.bystander import Bystander
 
 #: Seconds between two looks at what has been gathered.
-_LOOK = 0.1
+_LOOK = 0.2
 
 
 def serve(me: Bystander) -> NoReturn:
