@@ -42,7 +42,7 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
         if does:
             options += ["--spares-do", does]
         if does == "drain":
-            options += ["--ckpt-near", f"2:{tmp_path / 'near'}"]
+            options += ["--ckpt-near", f"1:{tmp_path / 'near'}"]
         run = Training(tmp_path / f"run{len(started)}", options)
         run.program += ["--until", str(tmp_path / "hurry"), *program]
         started.append(run.start())
@@ -154,7 +154,7 @@ def drainer(run: Training, spare: int) -> psutil.Process:
 def test_a_spare_writes_the_checkpoints_as_long_as_there_is_one(
     launch: Launch, undisturbed: str, tmp_path: Path
 ) -> None:
-    run = launch(3, 2, 4, "--pace", "1", does="drain")
+    run = launch(3, 2, 6, "--pace", "3", does="drain")
     wait_for("the spare to write", lambda: len(checkpoints(run, 3)) >= 2, PATIENCE)
     drainer(run, 3).kill()
     died = run.step() + 1
@@ -186,7 +186,7 @@ def test_a_spare_writes_the_checkpoints_as_long_as_there_is_one(
 def test_a_run_goes_on_from_what_a_spare_has_written(
     launch: Launch, undisturbed: str, tmp_path: Path
 ) -> None:
-    run = launch(3, 1, 4, "--pace", "1", does="drain")
+    run = launch(3, 1, 6, "--pace", "3", does="drain")
     wait_for("the spare to write", lambda: len(checkpoints(run, 3)) >= 2, PATIENCE)
     run.process.send_signal(signal.SIGKILL)
     run.process.wait()
