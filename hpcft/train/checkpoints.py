@@ -723,7 +723,10 @@ class Checkpoints:
                 self._taking.result(self._policy.timeout)
 
     def _elsewhere(self, since: int) -> tuple[bool, bool]:
-        return self._drained_step >= since, self._awaited_step < 0
+        assert self._drained is not None
+        # One that could not be saved near the ranks is not waited for.
+        ready = self._awaited_step < 0 or self._drained.drained_step < 0
+        return self._drained_step >= since, ready
 
     def _failed(self, step: int, error: SaveFailed) -> None:
         if self._saver.ranks.rank == 0:
