@@ -9,6 +9,12 @@ the middle of an evaluation, in turns: from SIGKILL to the end of the next step,
 undisturbed step takes, in ms. Both save checkpoints.
 
     python benchmarks/spare.py --adoptions 10 --ranks 1
+
+With --standstill, how long training stands still for checkpoints on a disk that is slow, for it is
+frozen most of the time (as root): what steps take beyond twice their median, in seconds, where the
+ranks write them and where a spare does (--spares-do drain). All save near the ranks as often.
+
+    python benchmarks/spare.py --standstill --params 4e6 --seconds 60
 """
 
 from __future__ import annotations
@@ -18,14 +24,27 @@ import json
 import os
 import random
 import signal
+import sys
+import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
 from statistics import median
 
 import psutil
 from peers import HpcftRun, machine, step_time
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from disks import Disk, mounted
+
 #: Steps over which a step's length is taken.
 _STEPS = 60
+#: Seconds for which the slow disk is frozen, and then is not.
+_FROZEN, _THAWED = 0.45, 0.05
 
 
 def cpu_seconds(pid: int) -> float:
@@ -94,6 +113,61 @@ def adoptions(count: int, ranks: int, params: float, rng: random.Random) -> None
         )
 
 
+@contextmanager
+def slowed(disk: Disk) -> Iterator[None]:
+    """Have it answer only now and then."""
+    over = threading.Event()
+
+    def slow() -> None:
+        while not over.wait(_THAWED):
+            disk.freeze()
+            over.wait(_FROZEN)
+            disk.thaw()
+
+    thread = threading.Thread(target=slow)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def standstill(ranks: int, params: float, seconds: float) -> None:
+    """Print what checkpoints cost training that the ranks write, and a spare."""
+    near = ["--ckpt-near", "2s:{path}"]
+    saves = [*near, "--ckpt-memory", "16M", "--ckpt-keep", "1", "--ckpt-dir"]
+    ways = {
+        "nobody": [*saves, "{path}/saved", "--ckpt-every", "1000h"],
+        "the ranks": [*saves, "{disk}/ranks", "--ckpt-every", "10s"],
+        "a spare": [*saves, "{disk}/spare", "--ckpt-every", "10s", "--spares-do", "drain"],
+    }
+    print(
+        "| who writes checkpoints | stands still, s | longest step, s | median step, ms | steps "
+        "| checkpoints | by the spare |\n|---|---|---|---|---|---|---|"
+    )
+    for who, options in ways.items():
+        with tempfile.TemporaryDirectory() as folder, mounted(Path(folder)) as disk:
+            options = [word.replace("{disk}", str(disk.path)) for word in options]
+            with HpcftRun(ranks, 1, ["--params", str(params), "--pace", "0.05"], *options) as run:
+                run.more_steps(_STEPS)
+                time.sleep(5)  # the spare tries out its steps first
+                with slowed(disk):
+                    there, saved = len(run.stamps()), len(run.events("checkpoint"))
+                    time.sleep(seconds)
+                    stamps = run.stamps()[there:]
+                    events = run.events("checkpoint")[saved:]
+            lengths = [after.time - before.time for before, after in pairwise(stamps)]
+            usual = median(lengths)
+            lost = sum(max(0.0, length - 2 * usual) for length in lengths)
+            by_spare = sum("world" in event["detail"] for event in events)
+            print(
+                f"| {who} | {lost:.2f} | {max(lengths):.2f} | {1000 * usual:.0f} | {len(lengths)} "
+                f"| {len(events)} | {by_spare} |",
+                flush=True,
+            )
+
+
 def main() -> None:
     """Entry of the command."""
     parser = argparse.ArgumentParser(
@@ -102,13 +176,16 @@ def main() -> None:
     parser.add_argument("--spares", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=30, help="how long (default 30)")
     parser.add_argument("--adoptions", type=int, default=0, metavar="N")
-    parser.add_argument("--ranks", type=int, default=2, help="with --adoptions (default 2)")
-    parser.add_argument("--params", type=float, default=10e6, help="with --adoptions (default 1e7)")
+    parser.add_argument("--standstill", action="store_true")
+    parser.add_argument("--ranks", type=int, default=2, help="that train (default 2)")
+    parser.add_argument("--params", type=float, default=10e6, help="of the model (default 1e7)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     print(machine())
     if args.adoptions:
         adoptions(args.adoptions, args.ranks, args.params, random.Random(args.seed))
+    elif args.standstill:
+        standstill(args.ranks, args.params, args.seconds)
     else:
         parked(args.spares, args.seconds)
 

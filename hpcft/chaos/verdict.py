@@ -19,7 +19,7 @@ Answer = Literal[
 _SLACK = 1.0
 #: Trouble that is told of a fault that has killed nobody, so long after its end.
 _LATER = 10.0
-_TROUBLE = ("save failed", "save skipped", "damaged", "copies failed")
+_TROUBLE = ("save failed", "save skipped", "damaged", "copies failed", "drain failed")
 #: Answers that need no start of all ranks.
 _IN_PLACE = ("substitute", "shrink", "spare lost", "said", "went on", "refused")
 

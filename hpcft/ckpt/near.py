@@ -4,6 +4,7 @@ Nothing here is shared between nodes. At the same path on every node lies what i
 written, and copies of what those of another node have, its partner::
 
     n1    000000000120-3f2a91c0/state.h5                   rank 0's: what the checkpoint consists of
+                                metrics.json               what the script said of itself then
                                 shard-00000.h5             rank 0's part
                                 copies/shard-00003.h5      of n4
     n2    000000000120-3f2a91c0/shard-00001.h5             rank 1's part
@@ -33,14 +34,16 @@ from pathlib import Path
 from typing import Literal
 
 from hpcft.ckpt.parity import Parity
-from hpcft.ckpt.store import STATE, Checkpoint
+from hpcft.ckpt.store import STATE, Checkpoint, write_metrics
 
 #: Where copies are kept in memory: a file system that every Linux has.
 MEMORY = "/dev/shm"
 _NAME = re.compile(r"(\d{12,})-[0-9a-f]{8}")
-_FILE = re.compile(r"state\.h5|shard-\d{5,}\.h5")
+_FILE = re.compile(r"state\.h5|metrics\.json|shard-\d{5,}\.h5")
 _PREFIX = "hpcft-near-"
 _COPIES = "copies"
+#: Beside the checkpoints, where one is gathered that a spare is to drain.
+_GATHERED = "drain-"
 _LOCK = "lock"
 #: The last, which may lack copies, the one before that does not, and one in between.
 _KEPT_AT_MOST = 3
@@ -120,12 +123,17 @@ class NearStore:
         for old in self._surplus(folder):
             if own and not (folder / own).exists():
                 with contextlib.suppress(OSError):
-                    (old / own).rename(folder / own)
+                    # One with another name is being drained.
+                    if (old / own).stat().st_nlink == 1:
+                        (old / own).rename(folder / own)
 
     def commit(
         self, folder: Path, step: int, metrics: Mapping[str, float] | None = None
     ) -> Checkpoint:
         """What is whole is committed."""
+        # It is a checkpoint without them, too.
+        with contextlib.suppress(OSError):
+            write_metrics(folder, metrics)
         return Checkpoint(step, 1, folder)
 
     def clear(self, newest: Path) -> None:
@@ -208,6 +216,46 @@ class NearStore:
         folder = self.path / checkpoint / _COPIES
         folder.mkdir(parents=True, exist_ok=True)
         return folder / file
+
+    def gathering(self, launch: str) -> NearStore:
+        """Where a checkpoint is gathered on this node that a spare is to drain, as copies.
+
+        Parameters
+        ----------
+        launch: of the ranks; what is left of another's is not taken for this one's.
+        """
+        return NearStore(self.path / f"{_GATHERED}{launch}")
+
+    def clear_gathered(self, but: NearStore) -> None:
+        """Remove what was gathered here for earlier launches."""
+        for folder in self.path.glob(f"{_GATHERED}*"):
+            if folder != but.path:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def lend(self, checkpoint: str, file: str, copy: bool, to: NearStore) -> None:
+        """Give a file of this node another name in ``to``, which keeps it as it is.
+
+        Parameters
+        ----------
+        copy: it is one of another node's.
+
+        Raises
+        ------
+        ValueError: it is no name of a file of a checkpoint.
+        OSError: it is not here, or has been given before.
+        """
+        target = to.room(checkpoint, file)
+        os.link(self.find(checkpoint, File(file, 0, copy)), target)
+
+    def gathered(self) -> list[Path]:
+        """The folders in which checkpoints are gathered here, oldest first."""
+        return [self.path / name / _COPIES for name in self._names()]
+
+    def clear_up_to(self, checkpoint: str) -> None:
+        """Remove one, and what is older."""
+        for name in self._names():
+            if name <= checkpoint:
+                shutil.rmtree(self.path / name, ignore_errors=True)
 
     def clear_copies(self, newest: str) -> None:
         """Remove what nobody keeps, once copies of ``newest`` have come.

@@ -19,12 +19,12 @@ does not answer fails a save as well, where somebody would have to wait for it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from hpcft.ckpt import device, exchange, filesystem, plan, planning
+from hpcft.ckpt import device, exchange, filesystem, planning
 from hpcft.ckpt._engine import Engine, Transfer
 from hpcft.ckpt.collector import paused
 from hpcft.ckpt.device import Bytes, Ferry
@@ -32,9 +32,10 @@ from hpcft.ckpt.errand import Errand
 from hpcft.ckpt.files import OpenFile, flush_directory
 from hpcft.ckpt.filesystem import Choice
 from hpcft.ckpt.index import OWN
-from hpcft.ckpt.plan import Part
+from hpcft.ckpt.plan import Part, Summed
 from hpcft.ckpt.planning import Move, Plan, Shape, Unplannable
 from hpcft.ckpt.ranks import Ranks
+from hpcft.ckpt.spec import Node, Spec
 from hpcft.ckpt.store import STATE, Checkpoint, files
 from hpcft.ckpt.tree import flatten
 from hpcft.errors import HpcftError
@@ -148,17 +149,7 @@ class Saver:
             raise HpcftError(f"a state cannot have a part called {OWN!r}", "choose another")
         structure, leaves = flatten(tree)
         shards = {i: leaf.shard for i, leaf in enumerate(leaves) if leaf.shard is not None}
-        planned = self._plan(Shape(structure, [leaf.spec for leaf in leaves], shards))
-        aside, why = None, ""
-        if ranks.rank == 0:
-            try:
-                aside = self.send(lambda: self._aside(planned, step))
-            except OSError as error:
-                why = str(error)
-        name, why = ranks.share((aside and aside.name, why))
-        if name is None:
-            raise SaveFailed(f"no checkpoint of step {step}: {why}")
-        folder = self.store.path / name
+        planned, folder = self._prepare(step, Shape(structure, [x.spec for x in leaves], shards))
         memories = {leaf: leaves[leaf].memory for leaf in shards}
         sections = exchange.sections(ranks.rank, planned.cut, planned.common, memories)
         exchange.collect(ranks, planned.common, sections, memories)
@@ -167,6 +158,45 @@ class Saver:
         ]
         pieces += [piece for section in sections.values() for piece in section.pieces]
         return Save(self, planned, step, pieces, folder, dict(metrics or {}), committed)
+
+    def begin_copy(
+        self,
+        step: int,
+        structure: Node,
+        specs: Sequence[Spec],
+        pieces: Sequence[tuple[Part, Bytes]],
+        metrics: Mapping[str, float],
+        check: Callable[[Sequence[Summed]], None],
+    ) -> Save:
+        """Begin to save what is in memory in pieces, without shards; by one process alone.
+
+        Parameters
+        ----------
+        structure, specs: of the state's leaves.
+        pieces: make up all leaves.
+        check: told the checksums of the pieces before anything is committed; what it raises fails
+            the save.
+
+        Raises
+        ------
+        SaveFailed: the file cannot be made.
+        """
+        planned, folder = self._prepare(step, Shape(structure, list(specs), {}))
+        return Save(self, planned, step, list(pieces), folder, dict(metrics), check=check)
+
+    def _prepare(self, step: int, shape: Shape) -> tuple[Plan, Path]:
+        """A plan and a directory to save to; collective."""
+        planned = self._plan(shape)
+        aside, why = None, ""
+        if self.ranks.rank == 0:
+            try:
+                aside = self.send(lambda: self._aside(planned, step))
+            except OSError as error:
+                why = str(error)
+        name, why = self.ranks.share((aside and aside.name, why))
+        if name is None:
+            raise SaveFailed(f"no checkpoint of step {step}: {why}")
+        return planned, self.store.path / name
 
     def _aside(self, planned: Plan, step: int) -> Path:
         aside = self.store.begin(step)
@@ -219,7 +249,8 @@ class Save:
         pieces: list[tuple[Part, Bytes]],
         folder: Path,
         metrics: dict[str, float],
-        committed: Callable[[Checkpoint], None] | None,
+        committed: Callable[[Checkpoint], None] | None = None,
+        check: Callable[[Sequence[Summed]], None] | None = None,
     ) -> None:
         self.step = step
         self.over = False
@@ -228,6 +259,7 @@ class Save:
         self.folder = folder
         self._metrics = metrics
         self._committed = committed
+        self._check = check
         self._errand: Errand[None] | None = None
         self._seen = (-1, time.monotonic())
         self._error: BaseException | None = None
@@ -397,7 +429,7 @@ class Save:
     def _gather(self) -> None:
         assert self._transfer is not None
         sums = self._transfer.checksums()
-        own = [plan.Summed(part, s) for part, s in zip(self._moved, sums, strict=True) if part]
+        own = [Summed(part, s) for part, s in zip(self._moved, sums, strict=True) if part]
         everybodys = self._saver.ranks.gather(own)
         self._transfer = None
         self.over = True
@@ -405,7 +437,9 @@ class Save:
             summed = [one for ranks_own in everybodys for one in ranks_own]
             self._errand = self._saver.errand = Errand(lambda: self._commit(summed))
 
-    def _commit(self, summed: list[plan.Summed]) -> None:
+    def _commit(self, summed: list[Summed]) -> None:
+        if self._check:
+            self._check(summed)
         extents = self._planned.master.seal(self.step, summed)
         with OpenFile.for_writing(self.folder / STATE) as file:
             self._saver.engine.write([file.for_engine], extents).wait()

@@ -7,6 +7,7 @@
     step-000000000120/metrics.json    what the script said of itself then, such as its loss
     step-000000000120/evaluation.json what it was found to be worth (:mod:`hpcft.ckpt.evaluated`)
     .aside-3f2a91c0/state.h5          one being written, or left unfinished
+    .drain-77c0e2b5/state.h5          one that a spare writes (:mod:`hpcft.ckpt.drain`)
     .old-5b07d1e4/state.h5            one no longer wanted
     .near                             there may be newer ones near the ranks
     .lock                             of who writes here (:mod:`hpcft.ckpt.lock`)
@@ -18,6 +19,10 @@ of one of these kinds, and only the first is somebody's.
 
 What was left unfinished is never written over, but deleted: a node that was cut off, or a process
 that hangs in the kernel, may still write to its file, at whatever time its file system lets it.
+
+What a spare has written rank 0 commits, by the name that it is told, and nobody else. So whatever a
+spare still does that was cut off, or replaced, it commits nothing; and who begins anew renames what
+was left, so that a commit that comes late finds nothing.
 """
 
 from __future__ import annotations
@@ -40,9 +45,11 @@ from hpcft.errors import HpcftError
 
 #: The file of a checkpoint that holds the state, or says where it is.
 STATE = "state.h5"
-_METRICS = "metrics.json"
+#: The file of a checkpoint that holds the metrics of its step.
+METRICS = "metrics.json"
 _COMMITTED = re.compile(r"step-(\d{12,})(?:\.(\d+))?")
-_ASIDE, _OLD = ".aside-", ".old-"
+_ASIDE, _DRAIN, _OLD = ".aside-", ".drain-", ".old-"
+_DRAINED = re.compile(re.escape(_DRAIN) + "[0-9a-f]{8}")
 _NEAR = ".near"
 
 
@@ -89,15 +96,30 @@ class Checkpoint:
 
         Those of an evaluation, if there was one, come after the others, as ``validation/<name>``.
         """
-        return self._said | evaluated.metrics(self.path, self.step)
+        return read_metrics(self.path) | evaluated.metrics(self.path, self.step)
 
-    @property
-    def _said(self) -> dict[str, float]:
-        try:
-            said = json.loads((self.path / _METRICS).read_bytes())
-            return {str(name): float(value) for name, value in said.items()}
-        except (OSError, ValueError, TypeError, AttributeError):
-            return {}
+
+def write_metrics(folder: Path, metrics: Mapping[str, float] | None) -> None:
+    """Have metrics of its step lie beside a checkpoint, and on the disk.
+
+    Raises
+    ------
+    OSError: they cannot be written.
+    """
+    finite = {k: v for k, v in (metrics or {}).items() if math.isfinite(v)}
+    with (folder / METRICS).open("w") as file:
+        json.dump(finite, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_metrics(folder: Path) -> dict[str, float]:
+    """Metrics that lie beside a checkpoint, by name; none if they cannot be read."""
+    try:
+        said = json.loads((folder / METRICS).read_bytes())
+        return {str(name): float(value) for name, value in said.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 class Store:
@@ -145,17 +167,30 @@ class Store:
         self._see_lock()
         for entry in self.aside():
             self._delete(entry)
-        aside = self._new(_ASIDE)
+        return self._room(_ASIDE)
+
+    def begin_drain(self) -> Path:
+        """As :meth:`begin`, by a spare; what spares have left, or are writing, is deleted.
+
+        Raises
+        ------
+        OSError: it cannot be made.
+        """
+        self.sweep_drains()
+        return self._room(_DRAIN)
+
+    def _room(self, kind: str) -> Path:
+        made = self._new(kind)
         for entry in self._named(_OLD):
             try:
                 # Before it is renamed: after that a change would look like writing (ckpt.watch).
                 (entry / evaluated.NAME).unlink(missing_ok=True)
-                entry.rename(aside)
+                entry.rename(made)
             except OSError:
                 continue
-            return aside
-        aside.mkdir()
-        return aside
+            return made
+        made.mkdir()
+        return made
 
     def join(self, folder: Path, own: str | None) -> None:
         """Every rank sees the directory that one has made."""
@@ -169,12 +204,43 @@ class Store:
         ------
         OSError: it could not be made durable; it is not committed then.
         """
-        finite = {k: v for k, v in (metrics or {}).items() if math.isfinite(v)}
-        with (folder / _METRICS).open("w") as file:
-            json.dump(finite, file)
-            file.flush()
-            os.fsync(file.fileno())
+        self.complete(folder, metrics)
+        return self._publish(folder, step)
+
+    def complete(self, folder: Path, metrics: Mapping[str, float] | None) -> None:
+        """All that is left to do of what lies aside, its files flushed, before the commit.
+
+        Raises
+        ------
+        OSError: it could not be made durable.
+        """
+        write_metrics(folder, metrics)
         flush_directory(folder)
+
+    def take_in(self, drained: str, step: int) -> Checkpoint:
+        """Commit what a spare has completed.
+
+        Parameters
+        ----------
+        drained: what it is called here.
+
+        Raises
+        ------
+        OSError: it is there no more, could not be made durable, or another run is writing here.
+        """
+        self._see_lock()
+        return self._publish(self._drained(drained), step)
+
+    def refuse(self, drained: str) -> None:
+        """Remove what a spare has completed."""
+        self._delete(self._drained(drained))
+
+    def _drained(self, name: str) -> Path:
+        if not _DRAINED.fullmatch(name):
+            raise FileNotFoundError(f"nothing that a spare has written: {name}"[:200])
+        return self.path / name
+
+    def _publish(self, folder: Path, step: int) -> Checkpoint:
         editions = [c.edition for c in self.committed() if c.step == step]
         edition = max(editions, default=0) + 1
         name = f"step-{step:012d}" + (f".{edition}" if edition > 1 else "")
@@ -234,7 +300,17 @@ class Store:
         OSError: the directory cannot be read, or another run is writing here.
         """
         self._see_lock()
-        for entry in self.aside() + self._named(_OLD)[keep:]:
+        for entry in self.aside() + self.drains() + self._named(_OLD)[keep:]:
+            self._delete(entry)
+
+    def sweep_drains(self) -> None:
+        """Remove what spares have written, and not all of it was committed.
+
+        Raises
+        ------
+        OSError: the directory cannot be read.
+        """
+        for entry in self.drains():
             self._delete(entry)
 
     def _see_lock(self) -> None:
@@ -244,6 +320,10 @@ class Store:
     def aside(self) -> list[Path]:
         """What is being written, or was left unfinished."""
         return self._named(_ASIDE)
+
+    def drains(self) -> list[Path]:
+        """What a spare is writing, has written for rank 0 to commit, or has left."""
+        return self._named(_DRAIN)
 
     def _delete(self, entry: Path) -> None:
         # Under another name, so that who comes late to commit it finds nothing, rather than a part.

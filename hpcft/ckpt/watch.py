@@ -102,7 +102,7 @@ def look(store: Store) -> View:
         disk.free,
         disk.total,
         tuple(found for c in store.committed() for found in _committed(c)),
-        tuple(found for path in store.aside() for found in _aside(path)),
+        tuple(found for path in store.aside() + store.drains() for found in _aside(path)),
     )
 
 

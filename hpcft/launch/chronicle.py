@@ -136,6 +136,14 @@ class Chronicle:
         said = f"{one if step >= 0 else none}: {why}"
         self._say(f"hpcft: {said}; the log of process {world} may tell more")
 
+    def undrained(self, step: int, epoch: int, world: int, why: str) -> None:
+        """A checkpoint, or with -1 none any more, could be written by that spare for the ranks."""
+        one, none = f"a spare could not write step {step}", f"spare {world} writes no checkpoints"
+        said = f"{one if step >= 0 else none}, the ranks do so themselves: {why}"
+        detail = {"why": said, "world": world}
+        self._note(Event("drain failed", max(0, step), (), epoch, detail=detail))
+        self._say(f"hpcft: {said}")
+
     def _note(self, event: Event) -> None:
         with contextlib.suppress(OSError):
             self._rundir.append([event])

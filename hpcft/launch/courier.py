@@ -3,18 +3,21 @@
 A connection of its own, proved as those of the shepherds are, for every batch of files. The sender
 names tier, checkpoint, file and size, waits for the word that there is room, and the bytes follow;
 the receiver answers when it has them all. A copy does not go through Python: the kernel sends from
-the file, and receives into memory that is the file. Of parity (:mod:`hpcft.ckpt.parity`) each
+the file, and receives into memory that is the file. What a spare is to drain is gathered on its
+node in a place of its own: by copies, or where the files are there already by further names for
+them, which cost neither time nor memory. Of parity (:mod:`hpcft.ckpt.parity`) each
 member of a set gets its chunks of each other's file.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import mmap
 import os
 import socket
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -60,11 +63,16 @@ class Courier:
     ----------
     rank: the shepherd's.
     stores: this node's part of each tier.
+
+    Attributes
+    ----------
+    gathered: where on this node what a spare is to drain comes to lie, once it listens.
     """
 
     def __init__(self, rank: int, stores: Sequence[NearStore]) -> None:
         self._rank = rank
         self._stores = stores
+        self.gathered: NearStore | None = None
         self._server: asyncio.Server | None = None
         self._secret = b""
         #: By tier and checkpoint.
@@ -73,6 +81,9 @@ class Courier:
     async def listen(self, sock: socket.socket, secret: bytes) -> None:
         """Take in what others send to ``sock``, as long as this process lives."""
         self._secret = secret
+        if self._stores:
+            # Nobody learns the secret from it.
+            self.gathered = self._stores[0].gathering(hashlib.sha256(secret).hexdigest()[:8])
         self._server = await asyncio.start_server(self._accept, sock=sock, limit=LINE_LIMIT)
 
     def close(self) -> None:
@@ -80,8 +91,14 @@ class Courier:
         if self._server:
             self._server.close()
 
-    async def send(self, to: Address, tier: int, checkpoint: str, files: Sequence[str]) -> None:
+    async def send(
+        self, to: Address, tier: int, checkpoint: str, files: Sequence[str], gather: bool = False
+    ) -> None:
         """Have another node keep copies of files of a checkpoint.
+
+        Parameters
+        ----------
+        gather: for a spare to drain.
 
         Raises
         ------
@@ -91,10 +108,39 @@ class Courier:
             for name in files:
                 with self._open(tier, checkpoint, name) as file:
                     size = os.fstat(file.fileno()).st_size
-                    await _ask(connection, tier, checkpoint, file=name, size=size)
+                    await _ask(connection, tier, checkpoint, file=name, size=size, gather=gather)
                     await connection.send_file(file)
                     await _answer(connection)
-            await _ask(connection, tier, checkpoint)
+            if not gather:
+                await _ask(connection, tier, checkpoint)
+
+    def gather(self, tier: int, checkpoint: str, files: Sequence[str], copies: bool) -> None:
+        """Have files that are on this node be there for a spare to drain, too.
+
+        Parameters
+        ----------
+        copies: they are of another node's ranks.
+
+        Raises
+        ------
+        OSError: that cannot be done.
+        """
+        assert self.gathered is not None
+        for name in files:
+            with suppress(FileExistsError):
+                self._stores[tier].lend(checkpoint, name, copies, self.gathered)
+
+    async def have_gathered(
+        self, to: Address, tier: int, checkpoint: str, files: Sequence[str]
+    ) -> None:
+        """As :meth:`gather`, of copies that another node has.
+
+        Raises
+        ------
+        OSError: that cannot be done; says why.
+        """
+        async with self._connected(to) as connection:
+            await _ask(connection, tier, checkpoint, gathered=list(files))
 
     async def send_parity(
         self, members: Sequence[Address], tier: int, checkpoint: str, name: str
@@ -161,8 +207,12 @@ class Courier:
         store, checkpoint = self._stores[message["tier"]], message["checkpoint"]
         if "members" in message:
             await self._take_parity(connection, store, message)
+        elif "gathered" in message:
+            self.gather(message["tier"], checkpoint, message["gathered"], copies=True)
         elif "file" in message:
-            await _take_copy(connection, store.room(checkpoint, message["file"]), message["size"])
+            into = self.gathered if message["gather"] else store
+            assert into is not None
+            await _take_copy(connection, into.room(checkpoint, message["file"]), message["size"])
         else:
             store.clear_copies(checkpoint)
 

@@ -10,8 +10,10 @@ class Crew:
     """The ranks that train, renewed whenever the world has healed.
 
     active: their numbers in MPI.
+    first: that of who plays rank 0.
     epoch: of their membership.
     """
 
     active: set[int]
     epoch: int = 0
+    first: int = 0

@@ -1,25 +1,19 @@
-"""A process beside a parked spare that evaluates checkpoints, seen from the spare's shepherd.
+"""Having checkpoints evaluated beside a parked spare (``--spares-do evaluate``).
 
-It is forked from the warm process, as ranks are, and runs the script up to ``job.run``; from there
-on :mod:`hpcft.train.evaluation` has it. It shares nothing with the spare, so it is dropped by being
-killed, whatever it is in the middle of: the kernel takes its memory, the workers of its data
-loaders, and what it holds of a device. Nobody waits for that.
+The process runs the script up to ``job.run``; from there on :mod:`hpcft.train.evaluation` has it.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import json
-import os
-import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from hpcft.ckpt.errand import Errand
+from hpcft.launch.bystander import Bystander
 from hpcft.launch.channel import Message
-from hpcft.launch.link import Link
+from hpcft.launch.chronicle import Chronicle
+from hpcft.launch.crew import Crew
 from hpcft.launch.warm import Warm
-from hpcft.world.progress import Progress
 
 
 class Evaluator:
@@ -27,111 +21,32 @@ class Evaluator:
 
     Parameters
     ----------
-    warm: what it is forked from.
-    found: told what was found of a checkpoint: step, metrics, seconds.
-    failed: told why one could not be evaluated, and of which step; -1 if of no checkpoint.
+    rank: the spare's.
     """
 
-    def __init__(
-        self,
-        warm: Warm,
-        found: Callable[[int, dict[str, float], float], None],
-        failed: Callable[[int, str], None],
-    ) -> None:
-        self._warm = warm
-        self._found = found
-        self._failed = failed
-        self._task: asyncio.Task[None] | None = None
-        #: That, and those that were dropped and have not noticed yet.
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._pid: int | None = None
-        self._wanted = False
+    def __init__(self, warm: Warm, rank: int, crew: Crew, chronicle: Chronicle) -> None:
+        self._rank = rank
+        self._crew = crew
+        self._chronicle = chronicle
+        self._process = Bystander(warm, self._heard, lambda why: self._failed(-1, why))
 
-    def start(self, environ: Mapping[str, str], options: Mapping[str, Any], ranks: int) -> None:
-        """Have it run, unless it does.
-
-        Parameters
-        ----------
-        environ: the spare's.
-        options: what a rank is told.
-        ranks: how many train.
-        """
-        self._wanted = True
-        if self._task is None:
-            told = json.dumps({**options, "bystander": ranks})
-            running = self._run({**environ, "HPCFT_RUN": told})
-            self._task = task = asyncio.ensure_future(running)
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+    def start(self, environ: Mapping[str, str], options: Mapping[str, Any]) -> None:
+        """Have checkpoints be evaluated, unless they are; as :meth:`Bystander.start`."""
+        self._process.start(environ, options, len(self._crew.active))
 
     def drop(self) -> None:
-        """Have it end at once."""
-        self._wanted = False
-        # One that is being forked ends as soon as its number is known.
-        self._kill()
-        self._task = None
+        """Have that end at once."""
+        self._process.drop()
 
-    def _kill(self) -> None:
-        if self._pid is not None:
-            _kill_all_of(self._pid)
-            self._pid = None
+    def _heard(self, message: Message) -> None:
+        step = message["step"]
+        if message["kind"] == "unevaluated":
+            self._failed(step, message["why"])
+            return
+        epoch, metrics, seconds = self._crew.epoch, message["metrics"], message["seconds"]
+        # In a thread: a file system that hangs must not keep the shepherd from its beats.
+        Errand(lambda: self._chronicle.evaluated(step, epoch, self._rank, metrics, seconds))
 
-    async def _run(self, environ: Mapping[str, str]) -> None:
-        me = asyncio.current_task()
-        link, page = await Link.create(), Progress.create()
-        why = "its process has ended, maybe for lack of memory"
-        try:
-            pid = await self._fork(environ, (link.theirs.fileno(), page.fd))
-            if self._task is not me:
-                # Dropped meanwhile.
-                _kill_all_of(pid)
-                return
-            self._pid = pid
-            link.theirs.close()
-            # A broken pipe is how a process ends that is killed.
-            with contextlib.suppress(OSError):
-                async for message in link.messages():
-                    if self._task is me:
-                        why = self._heard(message) or why
-        except ProcessLookupError as error:
-            why = str(error)
-        finally:
-            link.theirs.close()
-            link.close()
-            os.close(page.fd)
-        if self._task is me:
-            # By itself: what is wrong would be so again. It may have left others.
-            self._kill()
-            self._failed(-1, why)
-
-    async def _fork(self, environ: Mapping[str, str], fds: tuple[int, int]) -> int:
-        try:
-            return await self._warm.fork(environ, fds)
-        except ProcessLookupError:
-            if not self._wanted:
-                raise
-            # A library that the script needs has started threads in it, which ends it.
-            self._warm.start()
-            return await self._warm.fork(environ, fds)
-
-    def _heard(self, message: Message) -> str:
-        """Pass on what it has found; what it says about its own end, if it is that."""
-        kind = message["kind"]
-        if kind == "evaluated":
-            self._found(message["step"], message["metrics"], message["seconds"])
-        elif kind == "unevaluated":
-            self._failed(message["step"], message["why"])
-        elif kind == "said":
-            return str(message["text"])
-        elif kind == "abort":
-            # It waits to be ended.
-            self._kill()
-            return str(message["reason"])
-        return ""
-
-
-def _kill_all_of(pid: int) -> None:
-    """Kill a process and all that it has started: it leads a group of its own, or is about to."""
-    for kill in (os.kill, os.killpg):
-        with contextlib.suppress(ProcessLookupError):
-            kill(pid, signal.SIGKILL)
+    def _failed(self, step: int, why: str) -> None:
+        epoch = self._crew.epoch
+        Errand(lambda: self._chronicle.unevaluated(step, epoch, self._rank, why))

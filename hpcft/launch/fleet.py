@@ -304,6 +304,15 @@ class Fleet(Company):
             after = next((leader for leader in ring if leader > self._leader), ring[0])
         return self._peers[nodes[after][here % len(nodes[after])]]
 
+    def drainer(self, active: set[int]) -> Peer | None:
+        """The shepherd beside whose spare checkpoints are written for the ranks, the same for all:
+        the first, rather on a node where nobody trains; None if there is no spare.
+        """
+        waiting = sorted(self.standing() - self.retiring() - self.known("dead") - active)
+        training = {self._peers[rank].node for rank in active}
+        idle = [rank for rank in waiting if self._peers[rank].node not in training]
+        return self._peers[(idle or waiting)[0]] if waiting else None
+
     async def leave(self) -> None:
         """Close all connections, after a last chance for the others to say they know all."""
         self.announce("bye", self.rank)

@@ -152,8 +152,9 @@ def _parser() -> argparse.ArgumentParser:
         help="what spares do while they wait, and drop at once when they are needed. evaluate: one "
         "of them calls the script's job.run(..., evaluate=FUNCTION) with each new checkpoint of "
         "--ckpt-dir, in a process of its own. copies: nodes that have only spares keep the partner "
-        "copies of --ckpt-near, so that the memory of those that train is not used for them "
-        "(default: they only wait)",
+        "copies of --ckpt-near, so that the memory of those that train is not used for them. "
+        "drain: one of them writes the checkpoints of --ckpt-every to --ckpt-dir, from what "
+        "--ckpt-near has saved, so that the ranks that train need not (default: they only wait)",
     )
     add(
         "--min-ranks",
@@ -533,7 +534,8 @@ def _spares_do(given: argparse.Namespace) -> tuple[Duty, ...]:
     if given.spares_do is None:
         return ()
     near, partner = bool(given.ckpt_near), given.ckpt_near_copies == "partner"
-    return duties.parse(given.spares_do, given.spares, given.ckpt_dir is not None, near and partner)
+    saves = given.ckpt_dir is not None
+    return duties.parse(given.spares_do, given.spares, saves, near, near and partner)
 
 
 def _replace_stragglers(given: argparse.Namespace, ways: tuple[str, ...], mode: Mode) -> bool:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hpcft.ckpt.errand import Errand
-from hpcft.ckpt.near import NearStore
+from hpcft.ckpt.near import NearStore, step_of
 from hpcft.errors import INTERRUPTED, TooFewRanks
 from hpcft.launch import history
 from hpcft.launch.cause import Death, Ending
@@ -43,6 +43,7 @@ from hpcft.launch.courier import Courier
 from hpcft.launch.crew import Crew
 from hpcft.launch.departure import Departures
 from hpcft.launch.door import Door, Doorkeeper
+from hpcft.launch.drainer import Drainer
 from hpcft.launch.evaluator import Evaluator
 from hpcft.launch.exporter import Exporter
 from hpcft.launch.fleet import Fleet, Listener
@@ -156,9 +157,11 @@ class Shepherd:
         self._tiers = options.checkpoints.near if options.checkpoints else ()
         self._near = [NearStore(Path(tier.path)) for tier in self._tiers]
         self._courier = Courier(place.rank, self._near)
-        self._evaluator = Evaluator(warm, self._evaluated, self._unevaluated)
-        #: Whether the script has something to evaluate with, and that is wanted.
-        self._evaluates = False
+        self._evaluator = Evaluator(warm, place.rank, self._crew, self._chronicle)
+        self._drainer: Drainer | None = None
+        #: Whether the script has come to its training; whether it has something to evaluate with,
+        #: and that is wanted.
+        self._set_up = self._evaluates = False
         self._over = asyncio.Event()
         #: What lasts no longer than the launch.
         self._tasks: list[asyncio.Future[None]] = []
@@ -230,7 +233,7 @@ class Shepherd:
                 self._tasks.append(asyncio.ensure_future(self._roll.keep()))
         await self._over.wait()
         self._start_timer.cancel()
-        self._evaluator.drop()
+        self._free_spare()
         for task in self._tasks:
             task.cancel()
         if self._ticket:
@@ -483,13 +486,18 @@ class Shepherd:
             fleet, crew, self._chronicle, self._link.tell, self._options.replace_stragglers
         )
         spread = "copies" in self._options.spares_do
-        self._copies = Copies(self._courier, fleet, crew, self._tiers, self._link.tell, spread)
+        self._copies = Copies(
+            self._courier, fleet, crew, self._tiers, self._link.tell, spread, self._undrained
+        )
         timeout = self._options.timeout_progress
         self._vigil = Vigil(
             fleet, crew, self._child, progress, timeout, self._kill_hung, self._stalled
         )
         secret = bytes.fromhex(message["secret"])
         await self._courier.listen(self._listener.courier, secret)
+        if "drain" in self._options.spares_do and (gathered := self._courier.gathered):
+            Errand(lambda: self._near[0].clear_gathered(gathered))
+            self._drainer = Drainer(self._warm, fleet, crew, gathered, self._undrained)
         await fleet.join(self._listener, secret)
         self.fleet = fleet
         self._start_timer.cancel()
@@ -532,7 +540,7 @@ class Shepherd:
 
     async def _rank_role(self, message: Message) -> None:
         """The membership has changed: who is active, and what our rank is."""
-        self._crew.active = set(message["active"])
+        self._crew.active, self._crew.first = set(message["active"]), message["active"][0]
         self._crew.epoch = message["epoch"]
         self._echo(message["logical"])
         self._use_spare()
@@ -578,29 +586,40 @@ class Shepherd:
         if self._doorkeeper:
             self._doorkeeper.open(self._warm.learnt)
         self._evaluates = message["evaluates"] and "evaluate" in self._options.spares_do
+        self._set_up = True
         self._use_spare()
 
     def _use_spare(self) -> None:
-        """Have the rank's processor evaluate checkpoints, if the rank is a spare."""
-        if self._evaluates and self._place.rank not in self._crew.active and not self._agreed:
-            environ, options = self._relay.environ, self._rank_options()
-            self._evaluator.start(environ, options, len(self._crew.active))
+        """Have the rank's processor do something useful, if the rank is a spare."""
+        if self._over.is_set() or self._agreed or not self._set_up:
+            return
+        environ, options = self._relay.environ, self._rank_options()
+        if self._evaluates and self._place.rank not in self._crew.active:
+            self._evaluator.start(environ, options)
         else:
             self._evaluator.drop()
+        if self._drainer:
+            self._drainer.consider(environ, options)
 
-    def _evaluated(self, step: int, metrics: dict[str, float], seconds: float) -> None:
-        # In a thread: a file system that hangs must not keep the shepherd from its beats.
-        rank, epoch = self._place.rank, self._crew.epoch
-        Errand(lambda: self._chronicle.evaluated(step, epoch, rank, metrics, seconds))
+    def _free_spare(self) -> None:
+        """Have what is done beside the spare end at once."""
+        self._evaluator.drop()
+        if self._drainer:
+            self._drainer.drop()
 
-    def _unevaluated(self, step: int, why: str) -> None:
+    def _undrained(self, checkpoint: str, why: str) -> None:
+        """What the ranks have asked a spare to write, or with an empty name any, is not written."""
+        assert self.fleet is not None
         rank, epoch = self._place.rank, self._crew.epoch
-        Errand(lambda: self._chronicle.unevaluated(step, epoch, rank, why))
+        step = step_of(checkpoint) if checkpoint else -1
+        if checkpoint:
+            self.fleet.note(self._crew.first, kind="drained", checkpoint=checkpoint, folder="")
+        Errand(lambda: self._chronicle.undrained(step, epoch, rank, why))
 
     async def _rank_agreed(self, message: Message) -> None:
         """All ranks have agreed that training is over: from now on ranks may leave."""
         self._agreed = True
-        self._evaluator.drop()
+        self._free_spare()
         self._handed_over = message["handed_over"]
 
     async def _rank_stays(self, message: Message) -> None:
@@ -610,7 +629,14 @@ class Shepherd:
 
     async def _rank_copy(self, message: Message) -> None:
         """The rank has written its part of a checkpoint near it; another node is to have it."""
-        self._copies.make(message["tier"], message["checkpoint"], message["files"])
+        tier, checkpoint, files = message["tier"], message["checkpoint"], message["files"]
+        self._copies.make(tier, checkpoint, files, message["drained"])
+
+    async def _rank_finishing(self, message: Message) -> None:
+        """The ranks have trained to the end, and save the last step themselves."""
+        assert self.fleet is not None
+        if drainer := self.fleet.drainer(self._crew.active):
+            self.fleet.note(drainer.rank, kind="finishing")
 
     async def _rank_unsaved(self, message: Message) -> None:
         """Training is over, and the last checkpoint could not be saved but near the ranks."""
@@ -827,9 +853,12 @@ class Shepherd:
             # Deaths from now on are the end's work, and not its cause.
             return
         if kind == "dead":
-            if rank in self._crew.active:
+            if rank in self._crew.active or rank == self._place.rank:
                 # The spare may be adopted, and needs its processor now.
-                self._evaluator.drop()
+                self._free_spare()
+            elif self.fleet and not self.fleet.known("dead") & self._crew.active:
+                # Somebody has to do what another spare has done.
+                self._use_spare()
             if rank == self._place.rank:
                 self._child.kill()
             else:
@@ -855,7 +884,7 @@ class Shepherd:
             self._departures.heard(fact)
         elif kind.startswith(f"{REPLACE} "):
             # The spare may take a slow rank's place.
-            self._evaluator.drop()
+            self._free_spare()
             # Else the rank cannot be told yet.
             if self.fleet:
                 self._departures.have_replaced()
@@ -877,10 +906,14 @@ class Shepherd:
 
     def _noted(self, note: Message) -> None:
         """Something for the moment: a rank's pace, what is to be settled here, or is settled."""
-        if note["kind"] == "cohort":
+        if note["kind"] in ("cohort", "drained"):
             self._link.tell(note)
         elif note["kind"] == "pace":
             self._stragglers.noted(note)
+        elif note["kind"] == "finishing":
+            if self._drainer:
+                # What it is writing would only be in the way.
+                self._drainer.drop()
         else:
             self._cohorts.heard(note)
 
@@ -893,6 +926,7 @@ class Shepherd:
 
     def _fence(self, reason: str) -> None:
         self._child.kill()
+        self._free_spare()
         if self._over.is_set():
             return
         if self._options.verbose >= 2:

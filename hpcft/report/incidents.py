@@ -20,6 +20,7 @@ _TROUBLE = {
     "save failed": "a checkpoint could not be saved",
     "damaged": "a checkpoint could not be restored",
     "unsaved": "the last step could not be saved",
+    "drain failed": "a spare could not write a checkpoint for the ranks",
     "copies failed": "a checkpoint near the ranks is on no other node",
     "occupied": "another run still used the checkpoints' directory",
 }

@@ -35,7 +35,8 @@ class Event:
         ``copies failed`` (one near the ranks is on no other node), ``unsaved`` (training has ended,
         and its last step could not be saved), ``occupied`` (another run still uses the directory),
         ``unlocked`` (its file system has no locks), ``evaluation`` (what one is worth on data that
-        is held out), ``evaluation failed``; and ``chaos`` (`hpcft chaos` has harmed the run, or
+        is held out), ``evaluation failed``, ``drain failed`` (a spare could not write one for the
+        ranks); and ``chaos`` (`hpcft chaos` has harmed the run, or
         what it did is over).
     step: number of steps completed when it happened.
     ranks: the logical ranks concerned.

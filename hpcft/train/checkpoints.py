@@ -25,7 +25,7 @@ from hpcft.ckpt.ranks import Alone, Memory
 from hpcft.ckpt.restore import load
 from hpcft.ckpt.save import Save, SaveFailed, Saver
 from hpcft.ckpt.scattered import Scattered
-from hpcft.ckpt.store import STATE, Checkpoint, Store, shard
+from hpcft.ckpt.store import METRICS, STATE, Checkpoint, Store, shard
 from hpcft.errors import HpcftError
 from hpcft.train.rhythm import FILES, Past, Rhythm
 from hpcft.train.series import After, Hooks, Series
@@ -126,6 +126,11 @@ class Near:
     link: to the shepherd, which has copies made on another node; None if there is none.
     past: what has been so far.
     beginning: called when a save begins.
+
+    Attributes
+    ----------
+    drained_step: of the one that a spare is to write to the directory; -1 for none.
+    offered: in rank 0 the names of those that were, by the present ranks.
     """
 
     def __init__(
@@ -147,6 +152,8 @@ class Near:
         #: The name of the last that was written, and of the last that other nodes have as well.
         self._last = self._safe = ""
         self._told = self._failing = False
+        self.drained_step = -1
+        self.offered: set[str] = set()
         # An engine of its own, for that of the parallel file system may be draining for minutes.
         engine = Engine(policy.memory, niceness=_NICENESS)
         self._saver = Saver(self.store, Alone(), engine, policy.timeout, "per-rank")
@@ -164,10 +171,16 @@ class Near:
         Errand(lambda: self.store.clear(save.folder))
         self._last, self._failing = save.folder.name, False
         rank = self._saver.ranks.rank
-        own = [shard(rank)] if rank else [STATE, shard(rank)]
+        # The last says that all is there.
+        own = [shard(rank)] if rank else [METRICS, shard(rank), STATE]
         files = [name for name in own if (save.folder / name).exists()]
+        drained = save.step == self.drained_step
+        if drained and rank == 0:
+            self.offered.add(self._last)
         if self._link:
-            self._link.send("copy", tier=self._number, checkpoint=self._last, files=files)
+            self._link.send(
+                "copy", tier=self._number, checkpoint=self._last, files=files, drained=drained
+            )
 
     def _after(self) -> After:
         if not (self._last and self._link):
@@ -199,6 +212,9 @@ class Near:
         self._safe = name
 
     def _failed(self, step: int, error: SaveFailed) -> None:
+        if step == self.drained_step:
+            # Another can be chosen.
+            self.drained_step = -1
         # Every few steps the same would drown everything else, such as that memory is too small.
         if self._saver.ranks.rank == 0 and not self._failing:
             self._report("save failed", step, {"why": error.message})
@@ -216,6 +232,7 @@ class Checkpoints:
     waiting: is entered around what may wait for other ranks.
     link: to the shepherd, if there is one.
     nodes: how many train.
+    drained: spares write checkpoints for the ranks.
 
     Attributes
     ----------
@@ -231,6 +248,7 @@ class Checkpoints:
         waiting: Callable[[], AbstractContextManager[None]],
         link: Link | None,
         nodes: Callable[[], int] = lambda: 1,
+        drained: bool = False,
     ) -> None:
         self._policy = policy
         self._lock = lock
@@ -247,6 +265,7 @@ class Checkpoints:
             self._skipped,
             waiting,
             beginning=lambda through: self.beginning(),
+            elsewhere=self._elsewhere if drained else None,
         )
         self._past = Past(self._store.path, nodes)
         rhythm = _rhythm(FILES, policy, self._past, report)
@@ -257,6 +276,12 @@ class Checkpoints:
             Near(number, tier, policy, link, report, waiting, self._past, lambda: self.beginning())
             for number, tier in enumerate(policy.near)
         ]
+        #: What spares are to drain, and of what they have rank 0 is committing.
+        self._drained = self._near[0] if drained else None
+        self._taking: Errand[None] | None = None
+        #: The step of the newest that a spare has written, in rank 0; and of the one that it was
+        #: asked for and has not answered yet.
+        self._drained_step = self._awaited_step = -1
         self._layout: tuple[str, str] | None = None
         self._everybody: CommRanks | None = None
         #: Whether this rank has a part in saving, and whether it saves without the others.
@@ -469,6 +494,7 @@ class Checkpoints:
             # Some copies may have gone with a node.
             near.series.attach(ranks, state.step, soon=True)
         self._series.attach(ranks, state.step, soon=False)
+        self._begin_drains(ranks.rank == 0)
         # In memory, in all ranks that train; if there is but one it goes with the node.
         elsewhere = int(ranks.size > 1 and not state.sharded())
         for number, series in enumerate(self._all):
@@ -492,6 +518,7 @@ class Checkpoints:
             return
         self._saves, self._alone = saves, True
         self._series.attach(Alone(), state.step, soon=False)
+        self._begin_drains(saves)
 
     def drop(self) -> None:
         """Give up checkpoints that are not yet on their way into the store."""
@@ -503,6 +530,7 @@ class Checkpoints:
         self.drop()
         for series in self._all:
             series.wait()
+        self._await_taking()
 
     def before_update(self) -> None:
         """The parameters are about to change: wait until they are copied."""
@@ -522,6 +550,9 @@ class Checkpoints:
         """
         for series in self._all if self._saves else ():
             series.edge(state, metrics)
+        if self._drained and self._saves:
+            self._choose_drained(self._drained)
+            self._take_in_drained(self._drained)
 
     def save(self, state: State, overlap: bool) -> None:
         """The script asks for a save; collective, between two steps.
@@ -542,6 +573,9 @@ class Checkpoints:
         """
         for near in self._near:
             near.series.wait()
+        self._await_taking()
+        if self._drained and self._link and self._saves and self._saver.ranks.rank == 0:
+            self._link.send("finishing")
         if self._saves:
             self._series.finish(state)
         assert self._everybody is not None
@@ -612,11 +646,87 @@ class Checkpoints:
         if self._saver.chosen and self._saver.chosen != self._layout:
             self._layout = layout, why = self._saver.chosen
             self._report("layout", checkpoint.step, {"layout": layout, "why": why})
+        self._retain()
+
+    def _retain(self) -> None:
+        """Keep, of what is committed, what the user wants."""
         # Should that fail, the next commit tries again; this one is done.
         with contextlib.suppress(OSError):
             self._past.write()
             for old in self._policy.retention.surplus(self._store.committed()):
                 self._store.discard(old)
+
+    # -- what spares write ---------------------------------------------------------------------
+
+    def _begin_drains(self, first: bool) -> None:
+        """The ranks are others: what spares have been asked to write before is nobody's."""
+        if not self._drained:
+            return
+        self._drained.drained_step = self._drained_step = self._awaited_step = -1
+        self._drained.offered.clear()
+        if self._link:
+            self._link.drained.clear()
+        if first:
+            # What is coming in at this moment is whole: it does not matter which comes first.
+            Errand(self._store.sweep_drains)
+
+    def _choose_drained(self, near: Near) -> None:
+        """Of the saves near the ranks choose the one that a spare is to write; all do alike.
+
+        That is the first of each interval, if the spare has answered for the one before.
+        """
+        if near.drained_step < self._series.since <= near.series.begun:
+            near.drained_step = self._awaited_step = near.series.begun
+
+    def _take_in_drained(self, near: Near) -> None:
+        """Commit what a spare says it has written, in another thread; in rank 0."""
+        if not (self._link and self._link.drained) or (self._taking and not self._taking.done):
+            return
+        said = self._link.drained.pop(0)
+        name = said["checkpoint"]
+        if not said["folder"]:
+            self._answered(step_of(name))
+        elif name in near.offered:
+            near.offered.remove(name)
+            if self._series.rhythm:
+                self._series.rhythm.meter.spared(said["seconds"])
+            self._taking = Errand(lambda: self._take_in(said))
+
+    def _answered(self, step: int) -> None:
+        if self._awaited_step == step:
+            self._awaited_step = -1
+
+    def _take_in(self, said: dict[str, Any]) -> None:
+        folder, step, seconds, spare = (said[n] for n in ("folder", "step", "seconds", "world"))
+        why = ""
+        try:
+            if step > self._series.step:
+                checkpoint = self._store.take_in(folder, step)
+                self._series.step = self._drained_step = step
+                detail = {"path": str(checkpoint.path), "seconds": seconds, "world": spare}
+                self._report("checkpoint", step, detail)
+                self._retain()
+            else:
+                self._store.refuse(folder)
+                why = f"what spare {spare} has written of step {step} comes too late: the ranks "
+                why += f"have saved step {self._series.step} themselves"
+        except OSError as error:
+            why = f"what spare {spare} has written of step {step} is not committed: {error}"
+        finally:
+            self._answered(step)
+        if why:
+            self._report("drain failed", step, {"why": why, "world": spare})
+
+    def _await_taking(self) -> None:
+        if self._taking:
+            with contextlib.suppress(OSError):
+                self._taking.result(self._policy.timeout)
+
+    def _elsewhere(self, since: int) -> tuple[bool, bool]:
+        assert self._drained is not None
+        # One that could not be saved near the ranks is not waited for.
+        ready = self._awaited_step < 0 or self._drained.drained_step < 0
+        return self._drained_step >= since, ready
 
     def _failed(self, step: int, error: SaveFailed) -> None:
         if self._saver.ranks.rank == 0:

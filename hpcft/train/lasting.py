@@ -47,7 +47,10 @@ class Lasting:
             def nodes() -> int:
                 return len({world.hosts[process] for process in world.membership.active})
 
-            self.checkpoints = Checkpoints(policy, lock, report, waiting, world.link, nodes)
+            drained = "drain" in session.options["spares_do"]
+            self.checkpoints = Checkpoints(
+                policy, lock, report, waiting, world.link, nodes, drained
+            )
         world.restorable = self.checkpoints is not None
 
     def _lapped(self, lap: Lap) -> None:

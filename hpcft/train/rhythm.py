@@ -49,6 +49,10 @@ class Meter:
         """The optimizer has waited for the state to be copied."""
         self._copied += seconds
 
+    def spared(self, seconds: float) -> None:
+        """Somebody else has saved, and has taken so long: that costs training nothing."""
+        self._found.append((0.0, seconds))
+
     def edge(self, began: float, before: object | None, after: object | None) -> None:
         """A step's edge is over.
 

@@ -15,6 +15,8 @@ from hpcft.ckpt.store import Checkpoint
 from hpcft.train.rhythm import Rhythm
 from hpcft.train.state import State
 
+#: A step to which nobody comes.
+NEVER = 1 << 62
 #: Steps by which the time of a step is measured.
 _MEASURED_STEPS = 5
 
@@ -47,6 +49,9 @@ class Hooks:
     waiting: is entered around what may wait for other ranks.
     after: what has become of the last one that was written.
     beginning: another is begun, and whether all ranks were through with the last.
+    elsewhere: whether somebody else has made one of this step or a later one, so that the ranks
+        are spared what is due; and whether the next can be asked for. Rank 0 says. None: there is
+        nobody else.
     """
 
     committed: Callable[[Checkpoint, float], None]
@@ -56,6 +61,7 @@ class Hooks:
     waiting: Callable[[], AbstractContextManager[None]]
     after: Callable[[], After] = lambda: After.THROUGH
     beginning: Callable[[bool], None] = lambda through: None
+    elsewhere: Callable[[int], tuple[bool, bool]] | None = None
 
 
 class Series:
@@ -71,6 +77,9 @@ class Series:
     Attributes
     ----------
     step: of the newest that is known here to be committed; -1 for none.
+    begun: of the newest that was begun since the ranks are these, and has not failed; -1 for none.
+    since: from which step on a checkpoint that somebody else makes spares the ranks the next that
+        is due; :data:`NEVER` if none is asked for.
     """
 
     def __init__(
@@ -82,7 +91,7 @@ class Series:
         hooks: Hooks,
         rhythm: Rhythm | None = None,
     ) -> None:
-        self.step = -1
+        self.step = self.begun = self.since = -1
         self._saver = saver
         self._every = every
         self._timed = timed
@@ -123,6 +132,7 @@ class Series:
         self._measured_from = (step, time.monotonic())
         self._next = step + 1 if soon else None
         self._seen = step
+        self.begun, self.since = -1, step + 1
         if self.rhythm:
             self.rhythm.meter.restart()
 
@@ -161,7 +171,7 @@ class Series:
             except SaveFailed as error:
                 self._failed(state.step, error)
             # Also if the one before has failed just now: a step that was due does not come again.
-            due = self._due(state.step)
+            due = self._due(state.step) and not self._spared(state.step)
             try:
                 if (self._asked_anew() or due) and self._free(state.step):
                     self._begin(state, self._overlap)
@@ -244,6 +254,7 @@ class Series:
     def _failed(self, step: int, error: SaveFailed) -> None:
         self._save = None
         self._asked = False
+        self.begun = -1
         if self.rhythm:
             self.rhythm.meter.restart()
         self._hooks.failed(step, error)
@@ -270,6 +281,23 @@ class Series:
         if self._next is None and step >= since + _MEASURED_STEPS:
             self._schedule(step, (time.monotonic() - began) / (step - since))
         return False
+
+    def _spared(self, step: int) -> bool:
+        """Whether one is due that somebody else has made."""
+        if self._hooks.elsewhere is None:
+            return False
+        found = self._hooks.elsewhere(self.since) if self._ranks.rank == 0 else None
+        spared, ready = self._ranks.share(found)
+        # What the ranks save now, they need not have saved for them as well.
+        first = step if spared else step + 1
+        self.since = first if ready else NEVER
+        if spared and self._timed:
+            self._schedule_next(step)
+        return bool(spared)
+
+    def _schedule_next(self, step: int) -> None:
+        since, began = self._measured_from
+        self._schedule(step, (time.monotonic() - began) / max(1, step - since))
 
     def _schedule(self, step: int, seconds: float) -> None:
         every = self._every
@@ -303,8 +331,7 @@ class Series:
 
     def _begin(self, state: State, overlap: bool) -> None:
         if self._timed:
-            since, began = self._measured_from
-            self._schedule(state.step, (time.monotonic() - began) / max(1, state.step - since))
+            self._schedule_next(state.step)
         self._hooks.beginning(self._through)
         began = time.monotonic()
         content = state.to_tree(frozen=overlap)
@@ -314,5 +341,6 @@ class Series:
             self._hooks.committed(checkpoint, time.monotonic() - began)
 
         self._save = self._saver.begin(state.step, content, self._metrics, committed)
+        self.begun = state.step
         if not overlap:
             self._save.wait_copied()

@@ -199,7 +199,7 @@ def _checkpoint_in_words(kind: str, step: int, detail: Mapping[str, Any]) -> str
         return f"hpcft: each rank writes checkpoints to a file of its own, {detail['why']}"
     if kind == "copies failed":
         return f"hpcft: the checkpoint of step {step} near the ranks has {detail['why']}"
-    if kind in ("occupied", "unlocked", "interval"):
+    if kind in ("occupied", "unlocked", "interval", "drain failed"):
         return f"hpcft: {detail['why']}"
     if kind == "save failed":
         return f"hpcft: {detail['why']}; training goes on without it"

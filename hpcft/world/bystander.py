@@ -1,4 +1,4 @@
-"""A process that runs the script beside the ranks, and is none of them.
+"""A process that runs the script, or something else, beside the ranks, and is none of them.
 
 It has a link to a shepherd but no place in MPI, which it never starts. What it does, and what it
 ends by, is no concern of the ranks': it can be killed at any moment.
@@ -24,7 +24,8 @@ class Bystander:
 
     link: to the shepherd that has had it started.
     size: how many ranks trained then.
-    options: as of :class:`hpcft.world.session.Session`.
+    options: as of :class:`hpcft.world.session.Session`, with ``bystander``: how many ranks train,
+        and what it runs in place of the script.
     """
 
     link: Link
@@ -42,7 +43,7 @@ def stand(link: Link, options: dict[str, Any]) -> None:
     # Where memory runs short it is this process that ends, and no rank.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
-    _present = Bystander(link, options["bystander"], options)
+    _present = Bystander(link, options["bystander"]["ranks"], options)
 
 
 def present() -> Bystander | None:

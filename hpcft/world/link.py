@@ -53,7 +53,8 @@ class Link:
     the names of the checkpoints of which the shepherd has made copies on another node, with why it
     could not, if so. ``departures`` knows whether all are to leave, ``cohorts`` whose gradients
     make a step. ``slow`` tells whether this process is slower than the others, and ``probe`` is set
-    when, as a spare, it is to find out.
+    when, as a spare, it is to find out. ``drained`` has what a spare says it has written, until
+    somebody takes it out.
     """
 
     def __init__(self, sock: socket.socket, progress: Progress) -> None:
@@ -66,6 +67,7 @@ class Link:
         self.news = threading.Event()
         self.failures: dict[int, Failure] = {}
         self.copied: dict[str, str] = {}
+        self.drained: list[dict[str, Any]] = []
         #: What came before this process could act on it.
         self._early: list[dict[str, Any]] = []
         self.departures = Departures(progress, self._at)
@@ -137,6 +139,9 @@ class Link:
             for message in chain(self._early, map(json.loads, self._reader)):
                 if message["kind"] == "copied":
                     self.copied[message["checkpoint"]] = message["why"]
+                    continue
+                if message["kind"] == "drained":
+                    self.drained.append(message)
                     continue
                 if message["kind"] == "cohort":
                     self.cohorts.told(message)

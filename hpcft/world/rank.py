@@ -1,6 +1,6 @@
 """What a rank runs first: start MPI, meet the others, then run the user's script.
 
-A bystander (:mod:`hpcft.world.bystander`) runs the script alone.
+A bystander (:mod:`hpcft.world.bystander`) runs the script, or something else, alone.
 
 ``python -m hpcft.world.rank [-m] SCRIPT ARGS...``, started by the rank's shepherd, is the warm
 process that the rank itself is forked from.
@@ -59,6 +59,8 @@ def _rank(target: list[str]) -> None:
         options = json.loads(os.environ["HPCFT_RUN"])
         if "bystander" in options:
             bystander.stand(link, options)
+            # Some have something to do that is not the script's.
+            target = options["bystander"]["runs"] or target
         else:
             start_mpi()
             # Not above, for it imports MPI, which starts it.

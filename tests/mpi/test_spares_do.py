@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ import psutil
 import pytest
 from training import Training, family, wait_for
 
+from hpcft.ckpt._engine import Engine
+from hpcft.ckpt.restore import load
 from hpcft.ckpt.store import Store
 from hpcft.report import story
 from hpcft.report.record import Status
@@ -30,11 +33,17 @@ PATIENCE = 240
 def launch(tmp_path: Path) -> Iterator[Launch]:
     started: list[Training] = []
 
-    def start(nproc: int, spares: int, every: int, *program: str) -> Training:
-        options = ["--nproc", str(nproc), "--spares", str(spares), "--spares-do", "evaluate"]
+    def start(
+        nproc: int, spares: int, every: int, *program: str, does: str = "evaluate"
+    ) -> Training:
+        options = ["--nproc", str(nproc), "--spares", str(spares)]
         options += ["--ckpt-dir", str(tmp_path / "saved"), "--ckpt-every", str(every)]
         options += ["--ckpt-keep", "1000"]
-        run = Training(tmp_path / "run", options)
+        if does:
+            options += ["--spares-do", does]
+        if does == "drain":
+            options += ["--ckpt-near", f"1:{tmp_path / 'near'}"]
+        run = Training(tmp_path / f"run{len(started)}", options)
         run.program += ["--until", str(tmp_path / "hurry"), *program]
         started.append(run.start())
         return run
@@ -119,3 +128,77 @@ def test_a_script_without_anything_to_evaluate_with_is_told(launch: Launch) -> N
     run = launch(2, 1, 1000, "--steps", "20")
     run.finish()
     assert "job.run() is given no evaluate=" in run.output
+
+
+def checkpoints(run: Training, writer: int | None, after: int = 0) -> list[int]:
+    """The steps of those committed that a spare has written, or with None the ranks."""
+    return [
+        event["step"]
+        for event in run.events()
+        if event["kind"] == "checkpoint"
+        and event["detail"].get("world") == writer
+        and event["step"] > after
+    ]
+
+
+def drainer(run: Training, spare: int) -> psutil.Process:
+    """The process that writes checkpoints beside a spare."""
+    pid = next(entry["pid"] for entry in run.ranks() if entry["world"] == spare)
+    shepherd = psutil.Process(pid).parent()
+    assert shepherd is not None
+    # Nothing else is as nice.
+    [found] = [child for child in shepherd.children() if child.nice() == 19]
+    return found
+
+
+def test_a_spare_writes_the_checkpoints_as_long_as_there_is_one(
+    launch: Launch, undisturbed: str, tmp_path: Path
+) -> None:
+    run = launch(3, 2, 6, "--pace", "3", does="drain")
+    wait_for("the spare to write", lambda: len(checkpoints(run, 3)) >= 2, PATIENCE)
+    drainer(run, 3).kill()
+    died = run.step() + 1
+    wait_for("the ranks to write", lambda: checkpoints(run, None, died), PATIENCE)
+    # The next spare takes over what the first was to do.
+    run.send(1)
+    wait_for("the adoption", lambda: run.entry(1)["world"] == 3)
+    wait_for("the other spare to write", lambda: checkpoints(run, 4), PATIENCE)
+    writes = drainer(run, 4)
+    run.send(2)
+    wait_for("the adoption", lambda: run.entry(2)["world"] == 4)
+    _, left = psutil.wait_procs([writes], timeout=20)
+    assert not left
+    (tmp_path / "hurry").touch()
+    summary = run.finish()
+    assert summary["params_sha256"] == undisturbed
+    last = summary["failures"][-1]["step"]
+    assert 60 in checkpoints(run, None, last)
+    assert not checkpoints(run, 3, last) + checkpoints(run, 4, last)
+    assert "the ranks do so themselves: its process has ended" in run.output
+    # Neither spare has left anything.
+    saved = [entry.name for entry in (tmp_path / "saved").iterdir() if entry.is_dir()]
+    assert all(name.startswith("step-") for name in saved)
+    assert not any((tmp_path / "near").iterdir())
+    for checkpoint in Store(tmp_path / "saved").committed():
+        assert load(checkpoint.state, Engine(16 << 20))[0] == checkpoint.step
+
+
+def test_a_run_goes_on_from_what_a_spare_has_written(
+    launch: Launch, undisturbed: str, tmp_path: Path
+) -> None:
+    run = launch(3, 1, 6, "--pace", "3", does="drain")
+    wait_for("the spare to write", lambda: len(checkpoints(run, 3)) >= 2, PATIENCE)
+    run.process.send_signal(signal.SIGKILL)
+    run.process.wait()
+    wait_for("all processes to end", lambda: not family(run.run_dir), 20)
+    newest = checkpoints(run, 3)[-1]
+    for checkpoint in Store(tmp_path / "saved").committed():
+        if checkpoint.step > newest:
+            shutil.rmtree(checkpoint.path)
+    (tmp_path / "hurry").touch()
+    # What lies in memory is none of its business.
+    summary = launch(3, 0, 1000, does="").finish()
+    assert summary["restored_step"] == newest
+    assert summary["params_sha256"] == undisturbed
+    saved = [entry.name for entry in (tmp_path / "saved").iterdir() if entry.is_dir()]
+    assert all(name.startswith("step-") for name in saved)

@@ -48,6 +48,37 @@ for step in (1, 2, 3):
 """
 
 
+# The same by a spare, from what lies near the ranks; rank 0 commits.
+DRAINS = """
+import sys, torch
+from pathlib import Path
+from hpcft.ckpt._engine import Engine
+from hpcft.ckpt.drain import DrainShelf, drain, newest
+from hpcft.ckpt.near import NearStore
+from hpcft.ckpt.ranks import Alone
+from hpcft.ckpt.save import Saver
+from hpcft.ckpt.store import METRICS, STATE, Store, shard
+store, near = Store(Path(sys.argv[1])), NearStore(Path(sys.argv[1] + "-near"))
+gathered = near.gathering("0")
+engine = Engine(4 << 20, chunk=65536, depth=0)
+saver = Saver(near, Alone(), engine, layout="per-rank")
+drainer = Saver(DrainShelf(store), Alone(), engine, layout="shared")
+for step in (1, 2, 3):
+    save = saver.begin(step, {"w": torch.full((50_000,), float(step)), "step": step})
+    save.wait_copied()
+    while not save.advance():
+        pass
+    save.finish()
+    for name in (METRICS, shard(0), STATE):
+        near.lend(save.folder.name, name, False, gathered)
+    drained = drain(newest(gathered), drainer)
+    store.take_in(drained.folder.name, drained.step)
+    for old in store.committed()[:-1]:
+        open(old.path / "shard-00007.h5", "w").close()
+        store.discard(old)
+"""
+
+
 @dataclass(frozen=True)
 class Call:
     """A system call that changes the store; ``path`` relative to it."""
@@ -59,7 +90,11 @@ class Call:
     data: bytes = b""
 
 
-LAYOUTS = {"shared": ["state.h5"], "per-rank": ["shard-00000.h5", "state.h5"]}
+LAYOUTS = {
+    "shared": ["state.h5"],
+    "per-rank": ["shard-00000.h5", "state.h5"],
+    "drained": ["state.h5"],
+}
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -77,10 +112,11 @@ def calls(tmp_path_factory: pytest.TempPathFactory, layout: str) -> list[Call]:
 def record(store: Path, traces: Path, layout: str) -> list[Call]:
     """The calls of the program, in order."""
     traces.mkdir()
+    program = DRAINS if layout == "drained" else PROGRAM
     calls = "pwrite64,ftruncate,fsync,rename,mkdir,openat,unlink,rmdir"
     command = ["strace", "-ff", "-o", str(traces / "t"), "-ttt", "-y", "-xx", "-s", "100000"]
     subprocess.run(
-        [*command, "-e", f"trace={calls}", sys.executable, "-c", PROGRAM, str(store), layout],
+        [*command, "-e", f"trace={calls}", sys.executable, "-c", program, str(store), layout],
         check=True,
         timeout=120,
     )

@@ -24,12 +24,14 @@ def test_duties_are_taken_once_each() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([*SAVES, "--spares-do=cook"], "does not know 'cook'; choose from evaluate and copies"),
+        ([*SAVES, "--spares-do=cook"], "does not know 'cook'; choose from evaluate, copies and"),
         ([*SAVES, "--spares-do=,"], "names nothing to do"),
         (["--ckpt-dir=/tmp/saved", "--spares-do=evaluate"], "there are no spares"),
         (["--spares=1", "--spares-do=evaluate"], "give --ckpt-dir as well"),
         ([*SAVES, "--spares-do=evaluate,copies"], "give --ckpt-near as well"),
         ([*NEAR, "--ckpt-near-copies=xor", "--spares-do=copies"], "--ckpt-near-copies partner"),
+        ([*SAVES, "--spares-do=drain"], "give --ckpt-dir and --ckpt-near as well"),
+        (["--spares=1", "--spares-do=drain"], "give --ckpt-dir and --ckpt-near as well"),
     ],
 )
 def test_what_makes_no_sense_is_said(arguments: list[str], said: str) -> None:
