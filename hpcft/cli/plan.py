@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from hpcft.ckpt import interval
 from hpcft.cli import quantities
 from hpcft.cli.output import Column, duration, say, table, write_whole
 from hpcft.cli.runs import RUN, see
@@ -389,7 +390,7 @@ def _intervals(args: argparse.Namespace, scenario: Scenario) -> Intervals | None
     if file is None or not file.cost or not rate:
         return None
     loss = 1 / rate
-    young, daly = optimum.young(file.cost, loss), optimum.daly(file.cost, loss)
+    young, daly = optimum.young(file.cost, loss), interval.optimum(file.cost, loss)
     runs = max(2, args.runs // 2)
 
     def work(found: Forecast) -> float:

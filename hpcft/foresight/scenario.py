@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hpcft.errors import UsageError
+from hpcft.telemetry.published import NODE_HOURS
 
 HOUR, DAY = 3600.0, 86400.0
 
@@ -52,7 +53,7 @@ class Hazards:
     preempted: between preemptions, or other orderly interruptions such as maintenance.
     """
 
-    node: float = DAY / 6.5e-3
+    node: float = NODE_HOURS * HOUR
     rack: float = math.inf
     job: float = math.inf
     shape: float = 1.0
