@@ -76,7 +76,7 @@ def test_the_rate_goes_by_what_has_been_seen(failures: int, seen: float, nearer:
     assert rate > interval.rate(failures, seen, nearer + 1)
     # After a thousand node-days in which one has failed in ten, little is left of the prior.
     assert math.isclose(interval.rate(100, 1000 * 24 * HOUR, 0) * 24 * HOUR, 0.1, rel_tol=0.01)
-    assert interval.rate(0, 0, 0) == interval.PRIOR_RATE
+    assert math.isclose(interval.rate(0, 0, 0), interval.PRIOR_RATE)
 
 
 def test_a_little_more_or_less_changes_nothing() -> None:

@@ -68,7 +68,9 @@ def test_what_is_added_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert RunDirectory(tmp_path).events() == added + added
 
 
-_KINDS = st.lists(st.sampled_from(("start", "checkpoint", "failure", "finish")), max_size=8)
+_KINDS = st.lists(
+    st.sampled_from(("start", "checkpoint", "failure", "finish")), min_size=1, max_size=8
+)
 
 
 @given(_KINDS, st.integers(0, 60))
