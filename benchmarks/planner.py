@@ -158,7 +158,7 @@ def _step(run: Path) -> int:
 
 
 def _trains(run: Path, process: subprocess.Popen[bytes]) -> None:
-    """Wait until steps are made: what has not yet been restored cannot be told from what is lost."""
+    """Wait until steps are made: what is not yet restored cannot be told from what is lost."""
     deadline, seen = time.monotonic() + _PATIENCE, {_step(run)}
     while len(seen) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -188,7 +188,7 @@ def harmed(run: Path, one: Configuration, faults: str, seconds: float) -> dict[s
 
 
 def calibrate(folder: Path, ranks: int) -> Known:
-    """By a run of so many ranks, which loses one that a spare replaces, one more, and one too many; twice."""
+    """By a run of so many ranks. It loses one to a spare, one more, and one too many; twice."""
     one = Configuration(f"calibration of {ranks} ranks", ranks, 1, max(1, ranks - 1), 50, 20)
     run = folder / f"calibration-{ranks}"
     kills = [4 + 6 * number for number in range(2 * (2 + ranks - one.least))]
