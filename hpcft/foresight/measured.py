@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean
 
 from hpcft.report.record import Chapter
 from hpcft.report.story import Story
@@ -14,7 +14,9 @@ from hpcft.telemetry.rundir import RunDirectory
 
 @dataclass(frozen=True)
 class Measured:
-    """Medians in seconds, and sizes; None: the run has nothing to tell of it.
+    """Means in seconds, and sizes; None: the run has nothing to tell of it.
+
+    Means, and no medians, for what a campaign loses is the sum.
 
     nodes, ranks_per_node, spares: how it began; spares are counted in whole nodes. On a single host
         each rank stands for a node, for what fails there is a rank.
@@ -44,12 +46,12 @@ def measure(story: Story, chapters: Sequence[Chapter]) -> Measured:
     """Of a run that has been told."""
     events = [event for chapter in chapters for event in chapter.events]
     active = [e for e in events if e.kind == "failure" and e.detail.get("role") != "spare"]
-    detect = _median([float(event.detail.get("detect_s") or 0) for event in active])
+    detect = _mean([float(event.detail.get("detect_s") or 0) for event in active])
     spans: dict[str, list[float]] = {}
     for span in story.spans:
         spans.setdefault(span.doing, []).append(span.seconds)
     # A plan counts from when a failure is known; spans begin with the failure.
-    relaunch = _median([max(0.0, took - (detect or 0.0)) for took in spans.get("relaunch", [])])
+    relaunch = _mean([max(0.0, took - (detect or 0.0)) for took in spans.get("relaunch", [])])
     restore = None if relaunch is None else 0.0
     files = [event for event in events if event.kind == "checkpoint"]
     goodput = story.goodput
@@ -67,11 +69,11 @@ def measure(story: Story, chapters: Sequence[Chapter]) -> Measured:
         adopt=_recovery(story, events, "substitute", detect),
         shrink=_recovery(story, events, "shrink", detect),
         relaunch=relaunch,
-        resize=_median(spans.get("resize", [])),
-        start=_median(spans.get("starting", [])),
-        end=_median(spans.get("ending", [])) if story.state in ("ok", "interrupted") else None,
+        resize=_mean(spans.get("resize", [])),
+        start=_mean(spans.get("starting", [])),
+        end=_mean(spans.get("ending", [])) if story.state in ("ok", "interrupted") else None,
         ckpt_cost=goodput.saving / len(files) if told and files else None,
-        ckpt_write=_median([float(event.detail.get("seconds") or 0) for event in files]),
+        ckpt_write=_mean([float(event.detail.get("seconds") or 0) for event in files]),
         ckpt_restore=restore,
         near_restore=restore,
     )
@@ -87,11 +89,11 @@ def _recovery(
         if event.kind == "resume" and event.detail.get("action") == action
     }
     spans = [s for s in story.spans if s.doing == "recovery" and s.end in resumed]
-    return _median([max(0.0, span.seconds - (detect or 0.0)) for span in spans])
+    return _mean([max(0.0, span.seconds - (detect or 0.0)) for span in spans])
 
 
-def _median(values: Sequence[float]) -> float | None:
-    return median(values) if values else None
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
 
 
 def _sizes(

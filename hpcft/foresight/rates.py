@@ -18,7 +18,7 @@ from scipy import special, stats
 from hpcft.telemetry.published import NODE_HOURS
 
 #: The prior of the mean rate, a Gamma distribution: as if one failure had been seen in so many
-#: node-hours. 90 % of it is from 1,700 to 97,000, which has all that is published in it.
+#: node-hours. 90 % of it is from 1,600 to 91,000, which has all that is published in it.
 PRIOR_FAILURES, PRIOR_HOURS = 1.0, NODE_HOURS
 #: A node stands out if its rate is, with that probability, more than so many times the mean.
 TIMES, SURE = 3.0, 0.95

@@ -6,6 +6,7 @@ The publications are read as docs/foresight.md says. Clusters differ by a factor
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import geometric_mean
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,5 @@ RATES = (
     Published("Llama 3", "Grattafiori et al. 2024, arXiv:2407.21783", 2048 * 54 * 24 / 419),
     Published("Meta RSC-2", "Kokolis et al. 2025, arXiv:2410.21680", 24_000 / 2.34),
 )
-#: What is taken for the rate of a node of which nothing is known: one failure in so many hours,
-#: amid those published (their geometric mean is 4,700).
-NODE_HOURS = 5000.0
+#: What is taken for the rate of a node of which nothing is known: one failure in so many hours.
+NODE_HOURS = geometric_mean(one.node_hours for one in RATES)
