@@ -7,7 +7,9 @@ For each number of ranks a run is calibrated by: it loses ranks in each of the w
 `hpcft plan --from` takes the times that it has measured. Then each configuration is run, and loses
 ranks by `hpcft chaos` at a rate that is known beforehand, when and which is drawn from --seed. Of
 that the planner gets the rate (column *predicted*, with where 9 of 10 runs are to lie), or the
-failures as they came (`hpcft plan --trace`, column *traced*), where luck plays no part.
+failures as they came (`hpcft plan --trace`, column *traced*), where luck plays no part. With the
+times that the run itself has measured, in place of the calibration's, what is left is due to the
+planner alone (column *own times*).
 
 Each share is that of the time from the first step on, for no failure comes before.
 """
@@ -101,7 +103,7 @@ class Row:
     """The shares of a configuration, in parts of 1.
 
     between: of 9 of 10 runs, as predicted.
-    traced: None where what happened is more than a trace has.
+    traced, own: None where what happened is more than a trace has.
     """
 
     name: str
@@ -110,6 +112,7 @@ class Row:
     predicted: float
     between: tuple[float, float]
     traced: float | None
+    own: float | None
 
 
 def hpcft(*words: str) -> str:
@@ -187,19 +190,23 @@ def harmed(run: Path, one: Configuration, faults: str, seconds: float) -> dict[s
     return told
 
 
+def known(run: Path, one: Configuration, told: dict[str, Any]) -> Known:
+    """What a run of a configuration that has been reported tells."""
+    parts, steps = told["goodput"], told["step"]
+    step = (parts["steps"] + parts["waiting"]) / steps
+    # Those that were done again were saved as well.
+    done = steps + parts["again"] / step
+    saves = done / one.every + (done / one.near if one.near else 0)
+    return Known(run, step, parts["ending"], parts["saving"] / saves)
+
+
 def calibrate(folder: Path, ranks: int) -> Known:
     """By a run of so many ranks. It loses one to a spare, one more, and one too many; twice."""
     one = Configuration(f"calibration of {ranks} ranks", ranks, 1, max(1, ranks - 1), 50, 20)
     run = folder / f"calibration-{ranks}"
     kills = [4 + 6 * number for number in range(2 * (2 + ranks - one.least))]
     faults = "\n".join(f"{at}s kill" for at in kills)
-    told = harmed(run, one, faults, kills[-1] + 8)
-    parts, steps = told["goodput"], told["step"]
-    step = (parts["steps"] + parts["waiting"]) / steps
-    # Those that were done again were saved as well.
-    done = steps + parts["again"] / step
-    saves = done / one.every + done / one.near
-    return Known(run, step, parts["ending"], parts["saving"] / saves)
+    return known(run, one, harmed(run, one, faults, kills[-1] + 8))
 
 
 def faults_of(one: Configuration, seconds: float, chance: random.Random) -> str:
@@ -217,24 +224,24 @@ def faults_of(one: Configuration, seconds: float, chance: random.Random) -> str:
     return "\n".join(f"{at:.3f}s {what}" for at, what in sorted(lines))
 
 
-def planned(one: Configuration, known: Known, *words: str) -> dict[str, Any]:
+def planned(one: Configuration, by: Known, *words: str) -> dict[str, Any]:
     """What the planner says of a configuration."""
     said = {
-        "--from": known.run,
+        "--from": by.run,
         "--nodes": one.ranks,
         "--spares": one.spares,
         "--ranks-per-node": 1,
         "--min-nodes": one.least,
-        "--ckpt-every": one.every * known.step,
-        "--ckpt-cost": known.save,
-        "--near-cost": known.save,
+        "--ckpt-every": one.every * by.step,
+        "--ckpt-cost": by.save,
+        "--near-cost": by.save,
         "--near-survives": one.ranks,
         # Processes die here, not machines: when all are started again all are there.
         "--soft": 1,
         "--reboot": 0,
     }
     if one.near:
-        said["--near-every"] = one.near * known.step
+        said["--near-every"] = one.near * by.step
     if one.slow:
         said |= {"--slow-every": 60 * one.processes / one.slow, "--slowdown": _SLOWDOWN}
         said["--slow-for"] = _SLOW_FOR
@@ -249,25 +256,29 @@ def share(goodput: dict[str, float]) -> float:
 
 
 def compare(
-    folder: Path, one: Configuration, known: Known, seconds: float, seed: int, runs: int
+    folder: Path, one: Configuration, by: Known, seconds: float, seed: int, runs: int
 ) -> Row:
     run = folder / one.name.replace(" ", "-").replace(",", "")
     faults = faults_of(one, seconds, random.Random(f"{seed} {one.name}"))
-    days = (seconds + known.end) / _DAY
+    days = (seconds + by.end) / _DAY
     between = 60 * one.processes / one.rate
     lives = ["--runs", str(runs), "--seed", str(seed)]
     # First said, then seen.
     predicted = planned(
-        one, known, "--days", str(days), "--mtbf-node", str(between), "--start", "0", *lives
+        one, by, "--days", str(days), "--mtbf-node", str(between), "--start", "0", *lives
     )
     told = harmed(run, one, faults, seconds)
-    traced = None
+    traced = own = None
     if not one.slow:
-        traced = share(planned(one, known, "--trace", str(run), *lives)["goodput"])
+        # It is from the first step on that the failures came.
+        words = ["--trace", str(run), "--start", str(told["goodput"]["starting"]), "--runs", "2"]
+        traced, own = (
+            share(planned(one, times, *words)["goodput"]) for times in (by, known(run, one, told))
+        )
     hit = sum(incident["kind"] == "failure" for incident in told["incidents"])
     low, high = predicted["between"]
     part = share(predicted["goodput"])
-    return Row(one.name, hit, share(told["goodput"]), part, (low, high), traced)
+    return Row(one.name, hit, share(told["goodput"]), part, (low, high), traced, own)
 
 
 def _apart(name: str, differences: list[float]) -> str:
@@ -278,14 +289,15 @@ def _apart(name: str, differences: list[float]) -> str:
 
 def _line(row: Row) -> str:
     low, high = row.between
-    traced = ("", "")
-    if row.traced is not None:
-        traced = (f"{100 * row.traced:.1f} %", f"{100 * (row.traced - row.measured):+.1f}")
-    return (
-        f"| {row.name} | {row.failures} | {100 * row.measured:.1f} % | {100 * row.predicted:.1f} % "
-        f"({100 * low:.0f} to {100 * high:.0f}) | {100 * (row.predicted - row.measured):+.1f} "
-        f"| {traced[0]} | {traced[1]} |"
-    )
+    cells = [row.name, str(row.failures), f"{100 * row.measured:.1f} %"]
+    cells += [f"{100 * row.predicted:.1f} % ({100 * low:.0f} to {100 * high:.0f})"]
+    cells += [f"{100 * (row.predicted - row.measured):+.1f}"]
+    for found in (row.traced, row.own):
+        if found is None:
+            cells += ["", ""]
+        else:
+            cells += [f"{100 * found:.1f} %", f"{100 * (found - row.measured):+.1f}"]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -307,20 +319,23 @@ def main() -> None:
     os.environ["XDG_STATE_HOME"] = str(folder / "state")
     try:
         print(f"{machine()}; {args.seconds:g} s each, seed {args.seed}\n")
-        print("| configuration | failures | measured | predicted | apart | traced | apart |")
-        print("|---|---|---|---|---|---|---|", flush=True)
-        known: dict[int, Known] = {}
+        names = ("predicted", "traced", "own times")
+        head = " | ".join(f"{name} | apart" for name in names)
+        print(f"| configuration | failures | measured | {head} |\n|{'---|' * 9}", flush=True)
+        calibrated: dict[int, Known] = {}
         rows = []
         for one in chosen:
-            if one.ranks not in known:
-                known[one.ranks] = calibrate(folder, one.ranks)
-            row = compare(folder, one, known[one.ranks], args.seconds, args.seed, args.runs)
-            rows.append(row)
-            print(_line(row), flush=True)
-        print(f"\n{_apart('predicted', [row.predicted - row.measured for row in rows])}")
-        traced = [row.traced - row.measured for row in rows if row.traced is not None]
-        if traced:
-            print(_apart("traced", traced))
+            if one.ranks not in calibrated:
+                calibrated[one.ranks] = calibrate(folder, one.ranks)
+            by = calibrated[one.ranks]
+            rows.append(compare(folder, one, by, args.seconds, args.seed, args.runs))
+            print(_line(rows[-1]), flush=True)
+        print()
+        for name, of in zip(names, ("predicted", "traced", "own"), strict=True):
+            pairs = [(getattr(row, of), row.measured) for row in rows]
+            apart = [found - measured for found, measured in pairs if found is not None]
+            if apart:
+                print(_apart(name, apart))
         within = sum(row.between[0] <= row.measured <= row.between[1] for row in rows)
         print(f"measured where 9 of 10 were predicted to be: {within} of {len(rows)}")
     finally:
