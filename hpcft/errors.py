@@ -42,6 +42,14 @@ class HpcftError(Exception):
 INTERRUPTED = 75
 
 
+def shell_code(code: int) -> int:
+    """What a shell calls the exit code of a process that :mod:`subprocess` has waited for.
+
+    128 and the signal's number if it was killed by one.
+    """
+    return code if code >= 0 else 128 - code
+
+
 class UsageError(HpcftError):
     """hpcft was asked for something that cannot work here; raised before anything is started."""
 

@@ -31,7 +31,7 @@ from submitit import JobEnvironment
 from submitit.core.utils import DelayedSubmission
 
 from hpcft import function
-from hpcft.errors import INTERRUPTED, RunFailed, UsageError
+from hpcft.errors import INTERRUPTED, RunFailed, UsageError, shell_code
 from hpcft.launch.place import SRUN_OPTIONS
 from hpcft.telemetry.rundir import RunDirectory
 from hpcft.world.parent import die_with_parent
@@ -183,7 +183,7 @@ class Job:
             code = self._process.wait()
         finally:
             signal.signal(signal.SIGTERM, before)
-        return code if code >= 0 else 128 - code
+        return shell_code(code)
 
 
 def _prepare_child() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hpcft.chaos.campaign import Deed
-from hpcft.telemetry.events import Event
+from hpcft.telemetry.events import ANEW, Event
 
 Expect = Literal["survive", "recover"]
 Answer = Literal[
@@ -96,7 +96,7 @@ def _finding(deed: Deed, events: Sequence[Event], until_next: float) -> Finding:
         return found("refused", deed.refused or "it was not done")
     begin = deed.done - _SLACK
     after = [event for event in events if event.time >= begin and event.kind != "chaos"]
-    later = next((n for n, e in enumerate(after) if e.kind in ("relaunch", "resize")), len(after))
+    later = next((n for n, e in enumerate(after) if e.kind in ANEW), len(after))
     failed = next(
         (
             (n, e)

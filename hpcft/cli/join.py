@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from hpcft.cli.runs import RUN, add_run, see
-from hpcft.errors import HpcftError, UsageError
+from hpcft.errors import HpcftError, UsageError, shell_code
 from hpcft.slurm import queue as slurm
 from hpcft.watch.runs import Run, find
 
@@ -136,4 +136,4 @@ def _follow(commands: list[list[str]]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pass_on)
     codes = [process.wait() for process in processes]
-    return max(code if code >= 0 else 128 - code for code in codes)
+    return max(map(shell_code, codes))

@@ -63,15 +63,6 @@ def amount(count: int) -> str:
     return f"{number:.1f} TiB"
 
 
-def duration(seconds: float) -> str:
-    """Seconds, for people."""
-    seconds = max(0.0, seconds)  # clocks of nodes differ
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-
-
 def terminal_size() -> tuple[int, int] | None:
     """Columns and lines of the terminal stdout is; None if it is none."""
     if not sys.stdout.isatty():

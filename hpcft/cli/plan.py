@@ -15,7 +15,7 @@ from rich.console import Console
 
 from hpcft.ckpt import interval
 from hpcft.cli import quantities
-from hpcft.cli.output import Column, duration, say, table, write_whole
+from hpcft.cli.output import Column, say, table, write_whole
 from hpcft.cli.runs import RUN, see
 from hpcft.errors import HpcftError, UsageError
 from hpcft.foresight.scenario import (
@@ -29,6 +29,7 @@ from hpcft.foresight.scenario import (
     Stack,
     Tier,
 )
+from hpcft.report.amounts import duration
 from hpcft.watch.runs import find
 
 if TYPE_CHECKING:

@@ -6,8 +6,9 @@ import argparse
 
 from rich.table import Table
 
-from hpcft.cli.output import Column, duration, print_json, say, table
+from hpcft.cli.output import Column, print_json, say, table
 from hpcft.cli.runs import RUN, as_json, metrics, rate, saved, see_all
+from hpcft.report.amounts import duration
 from hpcft.watch.runs import find, known
 from hpcft.watch.view import View, sweep
 

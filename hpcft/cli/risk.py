@@ -17,10 +17,11 @@ from rich.console import Console
 
 from hpcft.ckpt.errand import Errand
 from hpcft.cli import quantities
-from hpcft.cli.output import Column, duration, say, table
+from hpcft.cli.output import Column, say, table
 from hpcft.cli.runs import PATIENCE, RUN
 from hpcft.errors import HpcftError, UsageError
 from hpcft.launch.cause import oom_kills
+from hpcft.report.amounts import duration
 from hpcft.slurm import records as slurm
 from hpcft.telemetry import uptime
 from hpcft.telemetry.uptime import Stretch

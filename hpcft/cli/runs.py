@@ -8,8 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from hpcft.ckpt.errand import Errand
-from hpcft.cli.output import duration
 from hpcft.errors import HpcftError
+from hpcft.report.amounts import duration
 from hpcft.watch.runs import Jobs, Run
 from hpcft.watch.view import View, look
 

@@ -8,9 +8,10 @@ import time
 
 from rich.console import Console
 
-from hpcft.cli.output import duration, print_json
+from hpcft.cli.output import print_json
 from hpcft.cli.runs import RUN, add_run, as_json, see
 from hpcft.errors import UsageError
+from hpcft.report.amounts import duration
 from hpcft.watch.ending import ask
 from hpcft.watch.runs import Jobs, Run, find
 from hpcft.watch.view import View

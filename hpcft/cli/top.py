@@ -13,7 +13,6 @@ from rich.text import Text
 from hpcft.cli.output import (
     Column,
     amount,
-    duration,
     print_json,
     say,
     table,
@@ -21,6 +20,7 @@ from hpcft.cli.output import (
 )
 from hpcft.cli.runs import RUN, add_run, as_json, metrics, rate, saved, see
 from hpcft.cli.screen import check_period, keep_showing
+from hpcft.report.amounts import duration
 from hpcft.watch.runs import find
 from hpcft.watch.view import Rank, View
 

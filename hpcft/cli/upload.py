@@ -7,9 +7,10 @@ import sys
 import time
 from typing import Any
 
-from hpcft.cli.output import amount, bar, duration, print_json
+from hpcft.cli.output import amount, bar, print_json
 from hpcft.cli.runs import RUN, add_run
 from hpcft.errors import HpcftError, UsageError
+from hpcft.report.amounts import duration
 from hpcft.watch.runs import find
 
 SUMMARY = "copy what a training leaves to another place"

@@ -28,7 +28,6 @@ lower serial number, so order and repetition do not matter::
     parted     a guest: it is gone
     retire     a rank: it is not to be of the next launch
     stuck N    a rank: it waits in a collective and nothing has moved for long, for the Nth time
-    pace       a rank: how long its steps take it, of late; renewed, see :data:`NOTES`
     slow       a rank: it is slower than the others, or no longer; renewed
     probed     a rank that was slow, a spare now: how long a step takes it; renewed
     replace E  in epoch E the ranks that are slow are to step down; of no rank in particular
@@ -36,11 +35,14 @@ lower serial number, so order and repetition do not matter::
     end        a rank: it wants the whole run to end now
     bye        a shepherd: it knows that all is over and is about to leave
 
-Notes are for the moment: they are not kept, and go to one shepherd, or to all::
+Notes are for the moment: they are not kept, and go to one shepherd, or once to all: to one's
+leader, from there to the other leaders, and from these to their nodes. One that is lost is soon
+replaced, or whoever waits for it learns of a failure::
 
     ready      a rank: it has its gradients for a step
     completed  a rank: it has done all its steps
     cohort     what is settled about a step (hpcft.launch.cohorts)
+    pace       a rank: how long its steps take it, of late (hpcft.launch.stragglers)
 
 Leaders exchange beats, and judge silence with :mod:`hpcft.launch.quorum`.
 
@@ -71,11 +73,6 @@ from hpcft.launch.channel import (
 from hpcft.launch.company import GUESTS, Company, Peer
 from hpcft.launch.place import Place
 from hpcft.launch.quorum import Quorum
-
-#: Facts that come all the time, and are not worth a flood: one that is lost is soon replaced. They
-#: go once to everybody: to one's leader, from there to the other leaders, and from these to their
-#: nodes.
-NOTES = ("pace",)
 
 
 class Listener:
@@ -230,7 +227,7 @@ class Fleet(Company):
         self._pass_on({"to": to, **detail}, self.rank)
 
     def proclaim(self, **detail: object) -> None:
-        """Tell all shepherds something for the moment; for one that others have as settler."""
+        """Tell all shepherds something for the moment, this one included."""
         self._pass_on({"to": None, **detail}, self.rank)
 
     def _pass_on(self, note: Message, origin: int) -> None:
@@ -248,9 +245,11 @@ class Fleet(Company):
             return {to if to in self._connections else self._leader} - {self.rank, origin}
         if origin == self.rank:
             return self._expected()
-        # A node has what is for all from its leader.
-        leads_others = self._leads and not self._alone
-        return set(self._nodes[self.rank]) - {self.rank} if leads_others else set()
+        if self._alone or not self._leads:
+            return set()
+        # A node has what is for all from its leader, and that from this node's or from the others'.
+        own = set(self._nodes[self.rank])
+        return (own if origin in self._nodes else own | set(self._nodes)) - {self.rank, origin}
 
     def here(self) -> set[int]:
         """The ranks of this node whose shepherds are there."""
@@ -385,10 +384,8 @@ class Fleet(Company):
     def _learn(self, fact: Message, origin: Connection | None) -> None:
         if not self._note(fact):
             return
-        for peer, connection in self._connections.items():
-            if connection is not origin and (
-                fact["fact"] not in NOTES or self._carries(origin, peer)
-            ):
+        for connection in self._connections.values():
+            if connection is not origin:
                 connection.send(fact)
         if fact["fact"] == "lost":
             if self._quorum:
@@ -398,15 +395,6 @@ class Fleet(Company):
         elif fact["fact"].startswith("suspect"):
             self._learn_suspicion(fact)
         self.on_fact(fact)
-
-    def _carries(self, origin: Connection | None, peer: int) -> bool:
-        """Whether a note that comes from there is for this shepherd to pass on to that one."""
-        if peer >= GUESTS:
-            return False
-        if origin is None:
-            return True
-        from_leader = origin.peer in self._nodes
-        return self._leads and not self._alone and (not from_leader or peer not in self._nodes)
 
     def _suspect(self, detail: Message) -> None:
         self.announce(f"suspect {detail['leader']}", self.rank, **detail)

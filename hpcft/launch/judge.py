@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import median_low
 
 from hpcft.launch.channel import Message
@@ -48,17 +48,9 @@ class Note:
     began: float
 
     @classmethod
-    def of(cls, fact: Message) -> Note:
-        """The note in a fact about the process."""
-        return cls(fact["rank"], *(fact[name] for name in _SAID))
-
-    def detail(self) -> dict[str, object]:
-        """What a fact about the process says."""
-        return {name: getattr(self, name) for name in _SAID}
-
-
-#: In facts ``rank`` is the world rank.
-_SAID = ("logical", "epoch", "step", "compute", "waiting", "began")
+    def of(cls, message: Message) -> Note:
+        """From a message that has its fields, and maybe more."""
+        return cls(**{field.name: message[field.name] for field in fields(cls)})
 
 
 class Laps:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from hpcft.ckpt.near import NearStore
-from hpcft.errors import UsageError
+from hpcft.errors import UsageError, shell_code
 from hpcft.launch import budget, openmpi
 from hpcft.launch.child import (
     adopt_orphans,
@@ -177,7 +177,7 @@ class _Launcher:
             return 128 + (self._asked or self._wished)[0]
         if code < 0 and deadline:
             return tasks.code
-        return code if code >= 0 else 128 - code
+        return shell_code(code)
 
     def upload(self, upload: Upload) -> None:
         """Have the run, which is over, be uploaded, unless somebody wants all to end at once."""
@@ -234,7 +234,7 @@ class _Tasks:
         statuses = [exit_status(pid) for pid in children(self._mpiexec)]
         ended = [status for status in statuses if status is not None]
         codes = [os.waitstatus_to_exitcode(status) for status in ended]
-        self.code = max(self.code, *(code if code >= 0 else 128 - code for code in codes), 0)
+        self.code = max(self.code, *map(shell_code, codes), 0)
         self._seen = self._seen or len(ended) < len(statuses)
         return self._seen and len(ended) == len(statuses)
 

@@ -54,6 +54,7 @@ from hpcft.launch.place import Place, Task
 from hpcft.launch.reaper import Reaper
 from hpcft.launch.relay import Relay
 from hpcft.launch.resizing import Resizing
+from hpcft.launch.roll import Roll
 from hpcft.launch.scheduler import Scheduler, retire_drained
 from hpcft.launch.siblings import Siblings
 from hpcft.launch.signals import ENDS, WARNINGS, Meaning, Signals
@@ -84,6 +85,7 @@ _REST_TIME = 5.0
 #: Seconds in which all ranks must have started MPI, and those that go by before the last of them
 #: has imported what is preloaded.
 _START_TIME, _PRELOAD_TIME = 300.0, 3600.0
+_CALLED_OFF = "another rank has failed"
 #: Seconds between two looks at whether the start has come to nothing.
 _START_LOOK = 0.5
 
@@ -147,6 +149,9 @@ class Shepherd:
         if task.step:
             self._scheduler = Scheduler(task.step, self._rundir, bool(options.verbose))
         self._signals = Signals(options.checkpoints is not None)
+        self._roll: Roll | None = None
+        #: Names of the nodes that were lost while the ranks were starting.
+        self._missed: frozenset[str] = frozenset()
         self._doorkeeper: Doorkeeper | None = None
         self._tiers = options.checkpoints.near if options.checkpoints else ()
         self._near = [NearStore(Path(tier.path)) for tier in self._tiers]
@@ -219,6 +224,10 @@ class Shepherd:
         self._start_timer = loop.call_later(patience, self._start_failed, "ranks did not start MPI")
         if not self._former:
             self._tasks.append(asyncio.ensure_future(self._watch_start()))
+            if self._task.ranks_here < self._place.size:
+                verbose = self._options.verbose
+                self._roll = Roll(self._task, self._rundir, verbose, self._start_missed)
+                self._tasks.append(asyncio.ensure_future(self._roll.keep()))
         await self._over.wait()
         self._start_timer.cancel()
         self._evaluator.drop()
@@ -388,8 +397,11 @@ class Shepherd:
             await asyncio.sleep(_START_LOOK)
             if self.fleet:
                 return
-            if self._rundir.called_off(self._task.launch):
-                self._start_failed("another rank has failed")
+            looking = Errand(lambda: self._rundir.called_off(self._task.launch))
+            while not looking.done:
+                await asyncio.sleep(_START_LOOK / 10)
+            if looking.result():
+                self._start_failed(_CALLED_OFF)
             elif siblings.missing(time.monotonic()):
                 self._start_failed("a rank's shepherd ended while the ranks were starting")
 
@@ -481,6 +493,8 @@ class Shepherd:
         await fleet.join(self._listener, secret)
         self.fleet = fleet
         self._start_timer.cancel()
+        if self._roll:
+            self._leaving_roll = asyncio.ensure_future(self._roll.leave())
         self._tasks.append(asyncio.ensure_future(self._vigil.keep()))
         self._tasks.append(asyncio.ensure_future(self._exporter.keep(lambda: fleet.speaks)))
         if self._place.rank == 0:
@@ -768,6 +782,16 @@ class Shepherd:
             self.outcome.reason = reason
             self._over.set()
 
+    def _start_missed(self, hosts: frozenset[str], reason: str) -> None:
+        if self.fleet:
+            return
+        if self._rundir.called_off(self._task.launch):
+            # Its shepherd has left for that.
+            self._start_failed(_CALLED_OFF)
+        else:
+            self._missed = hosts
+            self._start_failed(reason, _TOO_MUCH)
+
     async def _leave_early(self) -> NoReturn:
         """Leave before the ranks have met, and have all the others leave.
 
@@ -775,13 +799,25 @@ class Shepherd:
         """
         self._warm.kill()
         self._warm.flush()
+        if self._asked and self._roll:
+            # Who is asked as well is not to take this for the loss of a node.
+            await self._roll.leave()
         if not self._asked and self._rundir.call_off(self._task.launch):
-            print(f"hpcft: {self.outcome.reason}", file=sys.stderr, flush=True)
+            if self._missed:
+                self._tell_of_missed()
+            else:
+                print(f"hpcft: {self.outcome.reason}", file=sys.stderr, flush=True)
             # A signal could come before who is still starting can take it for what it is.
             await asyncio.sleep(_NOTICE_TIME)
             await self._have_it_uploaded()
             self._task.end_all()
         os._exit(self.outcome.decided or 1)
+
+    def _tell_of_missed(self) -> None:
+        """For all: nodes were lost before training has begun, and the job may do without them."""
+        self._chronicle.failed(self.outcome.reason, (), {}, self._near)
+        if self._scheduler and self._options.most_requeues is not None:
+            self._scheduler.concluded(_TOO_MUCH, self._options.most_requeues, self._missed)
 
     # -- the others speak ----------------------------------------------------------------------
 
@@ -823,7 +859,7 @@ class Shepherd:
             # Else the rank cannot be told yet.
             if self.fleet:
                 self._departures.have_replaced()
-        elif kind in ("pace", "slow", "probed"):
+        elif kind in ("slow", "probed"):
             self._stragglers.heard(fact)
         elif kind == "done":
             self.outcome.ended(rank, Ending(fact["code"], fact["cause"]))
@@ -840,9 +876,11 @@ class Shepherd:
         self._check_over()
 
     def _noted(self, note: Message) -> None:
-        """Something for the moment: to be settled here, or that has been settled."""
+        """Something for the moment: a rank's pace, what is to be settled here, or is settled."""
         if note["kind"] == "cohort":
             self._link.tell(note)
+        elif note["kind"] == "pace":
+            self._stragglers.noted(note)
         else:
             self._cohorts.heard(note)
 

@@ -13,7 +13,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from hpcft.launch.channel import Message
 from hpcft.launch.chronicle import Chronicle
@@ -91,6 +91,8 @@ class Stragglers:
         self._replace = replace
         self._laps = Laps(len(fleet.hosts))
         self._judge = Judge()
+        #: The last of each process.
+        self._notes: dict[int, Note] = {}
         self._passed: Counter[int] = Counter()
         self._timer: asyncio.TimerHandle | None = None
         self._patience = 0.0
@@ -105,7 +107,7 @@ class Stragglers:
     def lapped(self, lap: Message) -> None:
         """The rank has ended a lap."""
         if note := self._laps.add(self._fleet.rank, lap):
-            self._announce("pace", self._fleet.rank, **note.detail())
+            self._fleet.proclaim(kind="pace", **asdict(note))
 
     def probed(self, seconds: float) -> None:
         """The rank, which is a spare, has found out how long a step takes it."""
@@ -143,15 +145,18 @@ class Stragglers:
 
     # -- all ranks -----------------------------------------------------------------------------
 
+    def noted(self, message: Message) -> None:
+        """Some rank says how long its steps take it."""
+        note = Note.of(message)
+        self._notes[note.world] = note
+        changed = self._judge.heard(note, self._crew.active, self._crew.epoch, self.slow)
+        for evidence in changed if self._fleet.speaks else ():
+            self._judged(evidence)
+        self._consider()
+
     def heard(self, fact: Message) -> None:
-        """Something has become known of some rank's pace."""
-        if fact["fact"] == "pace":
-            active, epoch = self._crew.active, self._crew.epoch
-            changed = self._judge.heard(Note.of(fact), active, epoch, self.slow)
-            for evidence in changed if self._fleet.speaks else ():
-                self._judged(evidence)
-            self._consider()
-        elif fact["fact"] == "probed":
+        """Something has become known of a rank that is slow, or was."""
+        if fact["fact"] == "probed":
             self._tried(fact["rank"], fact["seconds"])
         else:
             self._passed.pop(fact["rank"], None)
@@ -211,7 +216,7 @@ class Stragglers:
             "compute_s": round(seconds, 6),
             "others_s": round(others, 6),
         }
-        step = max((note["step"] for note in self._fleet.said("pace").values()), default=0)
+        step = max((note.step for note in self._notes.values()), default=0)
         self._announce("slow", world, slow=False, factor=seconds / others)
         text = f"spare {world} on {host} is as fast as the others again: {_ms(seconds)} in a step"
         event = Event("straggler over", step, epoch=self._crew.epoch, detail=detail)
@@ -225,12 +230,11 @@ class Stragglers:
         known, epoch = self._fleet.known, self._crew.epoch
         if known(replacing(epoch)) or known(LEAVE) or known(RESIZE):
             return
-        notes = self._fleet.said("pace")
         verdicts = self._fleet.said("slow")
         candidates = {
-            world: (int(notes[world]["logical"]), float(verdicts[world]["factor"]))
-            for world in slow & self._crew.active
-            if notes[world]["epoch"] == epoch
+            world: (note.logical, float(verdicts[world]["factor"]))
+            for world, note in self._notes.items()
+            if world in slow & self._crew.active and note.epoch == epoch
         }
         now = time.time()
         chosen = choose(candidates, len(self._trusted(slow)), self._former(), now)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 
 def duration(seconds: float) -> str:
-    """Of a run or a part of it: ``2 h 5 min``, ``14.2 s``, ``35 ms``."""
+    """Of a run or a part of it: ``2 h 5 min``, ``14.2 s``, ``35 ms``.
+
+    Below zero it is nothing: clocks of nodes differ.
+    """
+    if seconds <= 0:
+        return "0 s"
     if seconds >= 172800:
         return f"{seconds // 86400:.0f} d {seconds % 86400 // 3600:.0f} h"
     if seconds >= 7200:

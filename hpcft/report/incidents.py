@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from hpcft.report.amounts import count, short
 from hpcft.report.record import Chapter
-from hpcft.telemetry.events import Event
+from hpcft.telemetry.beginnings import begun_at
+from hpcft.telemetry.events import ANEW, ENDS, Event
 
 Kind = Literal[
     "failure", "spare failure", "relaunch", "resize", "restart", "checkpoint", "straggler", "end"
@@ -22,7 +23,6 @@ _TROUBLE = {
     "copies failed": "a checkpoint near the ranks is on no other node",
     "occupied": "another run still used the checkpoints' directory",
 }
-_ENDS = {"finish": "finished", "interrupted": "interrupted", "failed": "failed"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def incidents(chapters: Sequence[Chapter]) -> list[Incident]:
         if number and chapter.events:
             first = chapter.events[0]
             step = max((event.step for event in chapters[number - 1].events), default=0)
-            whence = _restored(chapter.events)
+            whence = begun_at(chapter.events)
             then = "is starting" if whence is None else f"went on from {_place(whence)}"
             lost = None if whence is None else max(0, step - whence)
             at = chapter.begun or first.time
@@ -88,8 +88,8 @@ def _of_chapter(events: Sequence[Event], launch: int, found: list[Incident]) -> 
             _of_straggler(event, launch, found)
         elif event.kind in ("resume", "recovered"):
             _healed(event, failed.get(event.epoch, []), found)
-        elif event.kind in ("relaunch", "resize"):
-            whence = _restored(events[number + 1 :])
+        elif event.kind in ANEW:
+            whence = begun_at(events[number + 1 :])
             word = "started again" if event.kind == "relaunch" else "launched anew"
             whence_said = "" if whence is None else f", from {_place(whence)}"
             then = f"all ranks were {word}{whence_said}"
@@ -110,11 +110,10 @@ def _of_chapter(events: Sequence[Event], launch: int, found: list[Incident]) -> 
                     "checkpoint", event.time, event.step, launch, "", why, _TROUBLE[event.kind]
                 )
             )
-        elif event.kind in _ENDS:
+        elif event.kind in ENDS:
             reason = str(detail.get("reason") or "")
-            found.append(
-                Incident("end", event.time, event.step, launch, "", reason, _ENDS[event.kind])
-            )
+            then = "finished" if event.kind == "finish" else event.kind
+            found.append(Incident("end", event.time, event.step, launch, "", reason, then))
     return launch
 
 
@@ -167,15 +166,3 @@ def _healed(event: Event, indices: Sequence[int], found: list[Incident]) -> None
 
 def _place(step: int) -> str:
     return f"step {step}" if step else "the beginning"
-
-
-def _restored(events: Sequence[Event]) -> int | None:
-    """From which step the next launch went on; None if it has not yet."""
-    started = False
-    for event in events:
-        started = started or event.kind == "start"
-        if event.kind == "restore" and started:
-            return event.step
-        if event.kind in ("resume", "checkpoint", "relaunch", "resize"):
-            break
-    return 0 if started else None

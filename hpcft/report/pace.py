@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hpcft.report.spans import Launch, Span
+from hpcft.telemetry.beginnings import beginnings
 from hpcft.telemetry.events import Event
 from hpcft.telemetry.laps import Lap, quantile
 
@@ -132,17 +133,10 @@ def _returns(chapters: Sequence[Sequence[Event]]) -> list[tuple[float, int]]:
     """When the ranks went on from somewhere, and from which step."""
     found: list[tuple[float, int]] = []
     for number, events in enumerate(chapters):
-        settling = False
-        for event in events:
-            if event.kind == "start":
-                settling = True
-                found.append((event.time, 0))
-            elif event.kind == "restore" and settling:
-                found[-1] = (found[-1][0], event.step)
-            elif event.kind == "resume" and (event.step or event.detail.get("lost_steps") == 0):
-                # Else it has ended before it was known from where it was to go on.
-                found.append((event.time, event.step))
-            settling = settling and event.kind not in ("resume", "checkpoint", "relaunch", "resize")
+        for one in beginnings(events):
+            # Else it has ended before it was known from where it was to go on.
+            if one.starts or one.step or one.event.detail.get("lost_steps") == 0:
+                found.append((one.event.time, one.step))
         if number == 0 and found:
             # Before the first start there was nothing to lose.
             found[0] = (-math.inf, found[0][1])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hpcft.slurm.naming import names_before
 from hpcft.telemetry import laps
-from hpcft.telemetry.events import Event
+from hpcft.telemetry.events import ENDS, Event
 from hpcft.telemetry.laps import Lap
 from hpcft.telemetry.rundir import RunDirectory
 
@@ -111,8 +111,7 @@ def _chapter(path: Path, begun: float | None, live: float | None) -> Chapter:
     first = begun if begun is not None else min(times, default=None)
     heard = live
     if heard is None:
-        ends = {"finish", "interrupted", "failed"}
-        over = bool(events) and bool(ends & {event.kind for event in events[-2:]})
+        over = any(event.kind in ENDS for event in events[-2:])
         # Whoever was killed has been heard of by its status last.
         status = None if over else rundir.status()
         heard = max([*times, *([status["time"]] if status else [])], default=None)

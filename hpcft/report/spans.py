@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from hpcft.report.record import Chapter
-from hpcft.telemetry.events import Event
+from hpcft.telemetry.beginnings import beginnings
+from hpcft.telemetry.events import ANEW, ENDS, Event
 
 Doing = Literal["starting", "training", "recovery", "relaunch", "resize", "restart", "ending"]
 
 #: What it does that a ``start`` ends.
-_BEFORE_START = ("starting", "relaunch", "resize")
-_ENDS = ("finish", "interrupted", "failed")
+_BEFORE_START = ("starting", *ANEW)
 
 
 @dataclass(frozen=True)
@@ -68,31 +68,27 @@ def _interruptions(
     """All that is not training; spans may overlap, the earlier counts."""
     doing: Doing | None = "starting"
     since = begin
-    last: Span | None = None
-    settling = False
     ending: float | None = None
     #: Failures nobody has recovered from yet: when, by epoch.
     failed: dict[int, float] = {}
-    for event in events:
+    #: Until when a start has restored a checkpoint, which is a part of it; by the start's index.
+    restored = {one.number: one.restored for one in beginnings(events) if one.restored is not None}
+    for number, event in enumerate(events):
         if event.kind == "failure" and event.detail.get("role") != "spare":
             failed[event.epoch] = min(failed.get(event.epoch, event.time), event.time)
         elif event.kind == "start":
-            if last:
-                yield last
-            last = Span(doing, since, event.time, launch) if doing else None
-            doing, ending, settling = None, None, True
+            if doing:
+                started = max(event.time, restored.get(number, event.time))
+                yield Span(doing, since, started, launch)
+            doing, ending = None, None
             failed.clear()
-            continue
-        elif event.kind == "restore" and settling and last:
-            # A part of the start.
-            last = replace(last, end=max(last.end, event.time))
         elif event.kind == "resume":
             took = float(event.detail.get("recover_s") or 0)
             first = min(failed.pop(event.epoch, event.time), event.time - took)
             failed.clear()
             if doing is None:
                 yield Span("recovery", first, event.time, launch)
-        elif event.kind in ("relaunch", "resize"):
+        elif event.kind in ANEW:
             first = min([event.time, *failed.values(), *([] if ending is None else [ending])])
             if doing:
                 yield Span(doing, since, first, launch)
@@ -100,15 +96,11 @@ def _interruptions(
             since, ending = first, None
             failed.clear()
             launch += 1
-        elif event.kind in _ENDS:
+        elif event.kind in ENDS:
             # Events of recoveries have the same time as what they tell of; what has failed last
             # and was not recovered from has ended the run.
             first = min([event.time, *failed.values()]) if event.kind == "failed" else event.time
             ending = first if ending is None else min(ending, first)
-        if event.kind in ("resume", "checkpoint", "relaunch", "resize"):
-            settling = False
-    if last:
-        yield last
     if doing:
         # Never came to its training, or has not yet.
         yield Span(doing, since, end if ending is None else min(ending, end), launch)
@@ -127,7 +119,7 @@ def _filled(interruptions: list[Span], begin: float, end: float) -> Iterator[Spa
         first = min(max(span.begin, at), end)
         last = min(max(span.end, first), end)
         # What precedes a relaunch is of the launch before.
-        before = span.launch - (span.doing in ("relaunch", "resize"))
+        before = span.launch - (span.doing in ANEW)
         yield Span("training", at, first, before)
         yield replace(span, begin=first, end=last)
         at = last
@@ -155,7 +147,7 @@ def launches(chapters: Sequence[Chapter]) -> list[Launch]:
     for number, chapter in enumerate(chapters):
         begin, orderly = -math.inf, False
         for event in chapter.events:
-            if event.kind in ("relaunch", "resize"):
+            if event.kind in ANEW:
                 found.append(Launch(number, begin, orderly or event.kind == "resize"))
                 begin, orderly = event.time, False
             elif event.kind in ("finish", "interrupted"):

@@ -21,6 +21,8 @@ from hpcft.report.spans import Span, cut, launches, trim
 from hpcft.report.stragglers import Straggler, stragglers
 from hpcft.report.timeline import Timeline, timeline
 from hpcft.report.words import Facts, advice, told
+from hpcft.telemetry.beginnings import beginnings
+from hpcft.telemetry.events import ANEW
 from hpcft.telemetry.laps import Lap
 
 #: Incidents that are told; of more the first and the last.
@@ -177,7 +179,7 @@ def _hosts(record: Record) -> dict[tuple[int, int], str]:
     for chapter in record.chapters:
         launch += 1
         for event in chapter.events:
-            if event.kind in ("relaunch", "resize"):
+            if event.kind in ANEW:
                 launch += 1
             world, host = event.detail.get("world"), event.detail.get("host")
             if isinstance(world, int) and host:
@@ -194,12 +196,8 @@ def _facts(
     events = [event for chapter in record.chapters for event in chapter.events]
     starts = [event for event in events if event.kind == "start"]
     sizes = [event.detail.get("active") for event in events if event.kind in ("start", "resume")]
-    restored = None
-    for event in events:
-        if event.kind == "restore":
-            restored = event.step
-        if event.kind in ("restore", "checkpoint", "resume", "relaunch", "resize"):
-            break
+    first = next(beginnings(events), None)
+    restored = first.step if first and first.restored is not None else None
     saved = [event.step for event in events if event.kind == "checkpoint"]
     chosen = {
         e.detail.get("tier"): str(e.detail.get("why")) for e in events if e.kind == "interval"

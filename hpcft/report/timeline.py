@@ -9,7 +9,7 @@ from typing import Literal
 
 from hpcft.report.record import Chapter
 from hpcft.report.spans import Span
-from hpcft.telemetry.events import Event
+from hpcft.telemetry.events import ANEW, ENDS, Event
 
 Kind = Literal[
     "failure",
@@ -240,10 +240,10 @@ def _take(event: Event, world: _World, run: list[Mark]) -> None:
         mark, text = _OF_RUN[kind]
         words: defaultdict[str, object] = defaultdict(lambda: "?", detail)
         run.append(Mark(mark, event.time, text.format_map(words | {"step": event.step})))
-    if kind in ("relaunch", "resize"):
+    if kind in ANEW:
         world.end(event.time)
         world.launch += 1
-    elif kind in ("finish", "interrupted", "failed"):
+    elif kind in ENDS:
         world.end(event.time)
 
 

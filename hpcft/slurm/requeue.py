@@ -22,13 +22,20 @@ class Budget:
     restarts: int
     most: int
 
-    def objection(self, events: Sequence[Event]) -> str:
+    def objection(self, events: Sequence[Event], bad: Collection[str]) -> str:
         """Why a run with these events is no reason to start it again; empty if it is.
 
         A job that fails at once would be requeued for ever.
+
+        Parameters
+        ----------
+        bad: names of the nodes the run has lost.
         """
         if self.restarts >= self.most:
             return f"it was {self.restarts} times already, the most that --max-requeue allows"
+        if bad and not any(e.kind == "start" for e in events):
+            # It could not even begin, and the next is to do without these.
+            return ""
         # What is restored later was saved by this run.
         first = next((e for e in events if e.kind in ("restore", "checkpoint")), None)
         began = first.step if first and first.kind == "restore" else -1
@@ -61,7 +68,7 @@ def requeue(
     The event ``requeue``, and what is to be said of it.
     """
     job = find_job(number)
-    why = budget.objection(events) or _requeue(job, budget.restarts)
+    why = budget.objection(events, bad) or _requeue(job, budget.restarts)
     text = f"not requeued: {why}" if why else "requeued"
     excluded: list[str] = []
     if job and bad and not why:

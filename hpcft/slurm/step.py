@@ -20,6 +20,7 @@ class Step:
     node: index of this task's node in the step.
     task_here, tasks_here: this task's number among those on its node, and how many there are.
     host: the node's name.
+    hosts: the step's, as Slurm compresses a list of them.
     launcher: address of srun, as the nodes reach it.
     pmix: whether srun was given ``--mpi=pmix``.
     """
@@ -34,6 +35,7 @@ class Step:
     task_here: int
     tasks_here: int
     host: str
+    hosts: str
     launcher: str
     pmix: bool
 
@@ -60,6 +62,7 @@ def find_step(environ: Mapping[str, str]) -> Step | None:
         task_here=int(environ["SLURM_LOCALID"]),
         tasks_here=tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"])[node],
         host=environ["SLURMD_NODENAME"],
+        hosts=environ.get("SLURM_STEP_NODELIST", ""),
         launcher=environ["SLURM_SRUN_COMM_HOST"],
         pmix="PMIX_RANK" in environ,
     )

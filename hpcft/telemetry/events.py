@@ -12,6 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+#: How a run ended, by the kind of its last event.
+ENDS = {"finish": "ok", "interrupted": "interrupted", "failed": "failed"}
+#: Kinds that another launch of all ranks follows.
+ANEW = ("relaunch", "resize")
+
 
 @dataclass(frozen=True)
 class Event:
@@ -81,32 +86,11 @@ class Echo:
         sys.stderr.flush()
 
 
-def size_at(events: Sequence[Event], step: int) -> int | None:
-    """How many ranks made a step, by the events up to where it was restored.
-
-    What was newer when training began anew was no good, or it would have been restored: the last
-    to have begun before the step have made it.
-    """
-    #: Where some ranks have begun, and how many.
-    stretches: list[tuple[int, int]] = []
-    starting = False
-    for event in events:
-        if event.kind == "start":
-            stretches.append((0, event.detail["active"]))
-            starting = True
-        elif event.kind == "resume":
-            stretches.append((event.step, event.detail["active"]))
-        elif event.kind == "restore" and starting:
-            stretches[-1] = event.step, stretches[-1][1]
-        starting = starting and event.kind not in ("resume", "restore", "checkpoint")
-    return next((size for begun, size in reversed(stretches) if begun < step), None)
-
-
 def slow_now(events: Sequence[Event]) -> dict[int, Event]:
     """Who is slower than the others at the end of these events, by world rank: the evidence."""
     slow: dict[int, Event] = {}
     for event in events:
-        if event.kind in ("start", "relaunch", "resize"):
+        if event.kind in ("start", *ANEW):
             slow = {}
         elif event.kind == "straggler":
             slow[event.detail["world"]] = event

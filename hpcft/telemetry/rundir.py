@@ -13,6 +13,7 @@
     tensorboard/   what TensorBoard shows of it (--tensorboard)
     chaos/         what `hpcft chaos` has still to undo
     logs/          stdout and stderr of every process, rank-<world rank>.log
+    roll-*         only while ranks start on several nodes: how these find each other; private
     called-off-*   only where ranks did not start: the launch it names has failed
 """
 
@@ -80,6 +81,9 @@ class RunDirectory:
     def _called_off_file(self, launch: str) -> Path:
         return self.path / f"called-off-{launch}"
 
+    def _roll_file(self, launch: str) -> Path:
+        return self.path / f"roll-{launch}.json"
+
     def log_file(self, world: int) -> Path:
         """Where process ``world``'s output goes."""
         return self.path / "logs" / f"rank-{world}.log"
@@ -111,6 +115,7 @@ class RunDirectory:
         former |= set(self.tensorboard_folder.glob("events.*"))
         former |= set(self.tensorboard_folder.glob("validation/events.*"))
         former |= set(self.path.glob("called-off-*")) - {self._called_off_file(launch)}
+        former |= set(self.path.glob("*roll-*.json*")) - {self._roll_file(launch)}
         for file in (self.events_file, self.report_file, *self._replaced_files, *former):
             file.unlink(missing_ok=True)
         self._sweep()
@@ -129,8 +134,7 @@ class RunDirectory:
 
     def _by_launch(self) -> tuple[list[Event], list[Event]]:
         events = self.events()
-        anew = ("relaunch", "resize")
-        last = max((i for i, e in enumerate(events) if e.kind in anew), default=-1)
+        last = max((i for i, e in enumerate(events) if e.kind in log.ANEW), default=-1)
         return events[: last + 1], events[last + 1 :]
 
     def append(self, events: list[Event]) -> None:
@@ -157,6 +161,10 @@ class RunDirectory:
     def door(self) -> dict[str, Any] | None:
         """What ``door.json`` says; None if it is not there."""
         return _content(self.door_file)
+
+    def roll(self, launch: str) -> dict[str, Any] | None:
+        """Where the nodes of ``launch`` are to say that they are there; None if nowhere yet."""
+        return _content(self._roll_file(launch))
 
     def metrics_url(self) -> str | None:
         """Where the run's metrics are served; None if they are not."""
@@ -210,6 +218,14 @@ class RunDirectory:
     def write_door(self, door: dict[str, Any]) -> None:
         """Replace ``door.json``."""
         _replace(self.door_file, door, 0o600)
+
+    def write_roll(self, launch: str, where: dict[str, Any]) -> None:
+        """Say where the nodes of ``launch`` are to say that they are there."""
+        _replace(self._roll_file(launch), where, 0o600)
+
+    def clear_roll(self, launch: str) -> None:
+        """They need not any more."""
+        self._roll_file(launch).unlink(missing_ok=True)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Replace ``summary.json``, the last thing a run does."""

@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hpcft.telemetry.events import Event
-
-#: How a run ended, by the kind of its last event.
-_ENDS = {"finish": "ok", "interrupted": "interrupted", "failed": "failed"}
-
+from hpcft.telemetry.events import ENDS, Event
 
 #: What is told of a straggler, and of one that has changed places with a spare.
 _EVIDENCE = ("world", "host", "compute_s", "others_s", "factor")
@@ -28,7 +24,7 @@ def summarise(events: list[Event]) -> dict[str, Any]:
     bad one. Times are in seconds; those of a failure nobody recovered from are None.
     """
     start = next((e for e in events if e.kind == "start"), None)
-    end = next((e for e in reversed(events) if e.kind in _ENDS), None)
+    end = next((e for e in reversed(events) if e.kind in ENDS), None)
     requeue = next((e for e in reversed(events) if e.kind == "requeue"), None)
     world = {
         "initial": start.detail["active"] if start else 0,
@@ -74,7 +70,7 @@ def summarise(events: list[Event]) -> dict[str, Any]:
             for failure in by_epoch.get(event.epoch, []):
                 failure["stall_s"] = event.detail["stall_s"]
     return {
-        "result": _ENDS[end.kind] if end else "failed",
+        "result": ENDS[end.kind] if end else "failed",
         "reason": end.detail.get("reason", "") if end else "the run was ended from outside",
         "steps": end.step if end else max((e.step for e in events), default=0),
         "world": world,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from hpcft.train import afresh
+from hpcft.train.dealing import OnShrink
 from hpcft.train.evaluation import Evaluation
-from hpcft.train.job import Job, OnShrink
+from hpcft.train.job import Job
 from hpcft.train.lasting import Lasting
 from hpcft.world.bystander import present
 from hpcft.world.script import on_interruption

@@ -8,3 +8,10 @@ class StepInterrupted(BaseException):
 
     Not an Exception, so that a training loop's ``except Exception`` lets it pass.
     """
+
+
+class Late(BaseException):
+    """Others have made the step without this rank, whose gradients came too late for it.
+
+    Not an Exception, for the same reason.
+    """

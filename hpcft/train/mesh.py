@@ -17,26 +17,23 @@ for the rest of its steps.)
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from hpcft.train.line import PATIENCE, Kind, Line
+
 Vector = npt.NDArray[np.floating[Any]]
 
-_HEADER = struct.Struct("=BqqQ")
-_HELLO, _BEGUN, _UPDATE, _DONE, _ASK, _STATE = range(6)
-#: Seconds a peer may take to say who it is, and between two attempts to reach it.
-_PATIENCE, _REDIAL = 5.0, 0.05
+#: Seconds between two attempts to reach a peer.
+_REDIAL = 0.05
 #: Seconds between two looks whether this process still takes calls.
 _LOOK = 0.2
 #: A step, where there is none.
@@ -81,13 +78,13 @@ class _Peer:
     """
 
     world: int
-    sock: socket.socket
+    line: Line
     work: threading.Condition
     step: int = _NONE
     since: int = _NONE
     pending: _Update | None = None
     done: int | None = None
-    wishes: list[tuple[int, int, bytes]] = field(default_factory=list)
+    wishes: list[tuple[Kind, int, bytes]] = field(default_factory=list)
     snapshot: Snapshot | None = None
 
 
@@ -200,7 +197,7 @@ class Mesh:
         with self._changed:
             self._step, self._mark, self._done = step, mark, None
             for peer in self._peers.values():
-                peer.wishes.append((_BEGUN, step, b""))
+                peer.wishes.append((Kind.BEGUN, step, b""))
                 peer.work.notify()
 
     def publish(self, step: int, vector: Vector) -> None:
@@ -316,7 +313,7 @@ class Mesh:
                 return False
             needs = {w: peer.since for w, peer in self._peers.items() if peer.since != _NONE}
             giver = self._peers[self._giver]
-            giver.wishes.append((_ASK, 0, pickle.dumps(needs)))
+            giver.wishes.append((Kind.ASK, 0, pickle.dumps(needs)))
             giver.work.notify()
             # Those held back look whether it is theirs.
             self._changed.notify_all()
@@ -369,7 +366,7 @@ class Mesh:
     def _dial(self, world: int) -> None:
         while True:
             with contextlib.suppress(OSError):
-                sock = socket.create_connection(self._addresses[world], _PATIENCE)
+                sock = socket.create_connection(self._addresses[world], PATIENCE)
                 self._meet(sock, world)
             with self._changed:
                 wanted = world in self._wanted and world not in self._dead and not self._closed
@@ -386,59 +383,36 @@ class Mesh:
         world: who was dialled; None if it has called.
         """
         peer: _Peer | None = None
+        line = Line(sock)
         try:
-            sock.settimeout(None)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            _limit(sock, _PATIENCE)
-            self._prove(sock, dialled=world is not None)
-            sock.sendall(_HEADER.pack(_HELLO, self._world, 0, 0))
-            _, found, _, _ = _HEADER.unpack(_receive(sock, bytearray(_HEADER.size)))
+            found = line.greet(self._key, world is not None, self._world)
             with self._changed:
                 if found in self._dead or self._closed:
                     raise OSError("not wanted")
                 if former := self._peers.get(found):
                     # It has dialled again, for it has lost the connection.
                     self._drop(former)
-                peer = _Peer(found, sock, threading.Condition(self._lock))
+                peer = _Peer(found, line, threading.Condition(self._lock))
                 peer.done = self._done
                 self._peers[found] = peer
                 self._received.pop(found, None)
                 self._applied.pop(found, None)
                 since = self._step
-            sock.sendall(_HEADER.pack(_HELLO, since, 0, 0))
-            _, peer.since, _, _ = _HEADER.unpack(_receive(sock, bytearray(_HEADER.size)))
-            _limit(sock, 0)
+            peer.since = line.settle(since)
             with self._changed:
                 peer.step = peer.since
                 self._received[found] = self._applied[found] = peer.since
                 self._changed.notify_all()
-        except (OSError, EOFError, ValueError, struct.error):
+        except (OSError, EOFError, ValueError):
             if peer:
                 with self._changed:
                     self._drop(peer)
-            sock.close()
+            line.close()
             return
         for work in (self._send, self._read):
             threading.Thread(
                 target=self._talk, args=(work, peer), name="hpcft-peer", daemon=True
             ).start()
-
-    def _prove(self, sock: socket.socket, dialled: bool) -> None:
-        """Both ends prove that they know the key.
-
-        Raises
-        ------
-        OSError, EOFError: the other does not.
-        """
-        connection = Connection(os.dup(sock.fileno()))
-        steps = [deliver_challenge, answer_challenge]
-        try:
-            for step in reversed(steps) if dialled else steps:
-                step(connection, self._key)
-        except Exception as error:
-            raise OSError("a stranger") from error
-        finally:
-            connection.close()
 
     def _drop(self, peer: _Peer) -> None:
         """A connection is no good any more."""
@@ -447,9 +421,8 @@ class Mesh:
             self._asking.pop(peer.world, None)
             if self._giver == peer.world:
                 self._giver = None
-        with contextlib.suppress(OSError):
-            # Its threads wake up.
-            peer.sock.shutdown(socket.SHUT_RDWR)
+        # Its threads wake up.
+        peer.line.shut()
         peer.work.notify()
         self._changed.notify_all()
 
@@ -477,56 +450,50 @@ class Mesh:
                 update, peer.pending = peer.pending, None
                 done, peer.done = peer.done, None
             for kind, number, package in wishes:
-                peer.sock.sendall(_HEADER.pack(kind, number, 0, len(package)))
-                peer.sock.sendall(package)
+                peer.line.send(kind, number, 0, package)
             if snapshot:
-                self._send_snapshot(peer.sock, snapshot)
+                self._send_snapshot(peer.line, snapshot)
             if update:
-                vector = update.vector
-                peer.sock.sendall(_HEADER.pack(_UPDATE, update.lo, update.hi, vector.nbytes))
-                peer.sock.sendall(vector.data.cast("B"))
+                peer.line.send(Kind.UPDATE, update.lo, update.hi, update.vector.data)
             if done is not None:
-                peer.sock.sendall(_HEADER.pack(_DONE, done, 0, 0))
+                peer.line.send(Kind.DONE, done)
 
-    def _send_snapshot(self, sock: socket.socket, snapshot: Snapshot) -> None:
-        package = pickle.dumps((snapshot.package, snapshot.included))
-        sock.sendall(_HEADER.pack(_STATE, 0, 0, len(package)))
-        sock.sendall(package)
+    def _send_snapshot(self, line: Line, snapshot: Snapshot) -> None:
+        line.send(Kind.STATE, body=pickle.dumps((snapshot.package, snapshot.included)))
         for memory in snapshot.memories:
-            sock.sendall(memory.data)
+            line.send_raw(memory.data)
 
     def _read(self, peer: _Peer) -> None:
         room = np.empty(self._size, self._dtype)
-        header = bytearray(_HEADER.size)
         while True:
-            kind, first, second, length = _HEADER.unpack(_receive(peer.sock, header))
-            if kind == _UPDATE:
+            kind, first, second, length = peer.line.receive()
+            if kind == Kind.UPDATE:
                 if length != room.nbytes:
                     raise OSError("an update of another model")
-                _receive(peer.sock, room.data.cast("B"))
+                peer.line.fill(room.data.cast("B"))
                 self._arrived(peer, first, second, room)
-            elif kind == _BEGUN:
+            elif kind == Kind.BEGUN:
                 with self._changed:
                     peer.step = first
                     if peer.since == _NONE:
                         peer.since = first
                         self._received[peer.world] = self._applied[peer.world] = first
                     self._changed.notify_all()
-            elif kind == _DONE:
+            elif kind == Kind.DONE:
                 self._await_joined(peer)
                 with self._changed:
                     self._their_done[peer.world] = first
                     self._changed.notify_all()
-            elif kind == _ASK:
-                needs = pickle.loads(_receive(peer.sock, bytearray(length)))
+            elif kind == Kind.ASK:
+                needs = pickle.loads(peer.line.fill(bytearray(length)))
                 with self._changed:
                     self._asking[peer.world] = needs
                     self._changed.notify_all()
-            elif kind == _STATE:
-                package, included = pickle.loads(_receive(peer.sock, bytearray(length)))
+            elif kind == Kind.STATE:
+                package, included = pickle.loads(peer.line.fill(bytearray(length)))
                 assert self._into is not None
                 for memory in self._into(package):
-                    _receive(peer.sock, memory.data)
+                    peer.line.fill(memory.data)
                 with self._changed:
                     self._included = included
                     self._changed.notify_all()
@@ -558,26 +525,3 @@ class Mesh:
                 self._inbox += vector
                 self._something = True
             self._changed.notify_all()
-
-
-def _limit(sock: socket.socket, seconds: float) -> None:
-    """Have calls of the socket fail after so long; 0: never. It stays one that blocks."""
-    limit = struct.pack("ll", int(seconds), 0)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-
-
-def _receive(sock: socket.socket, into: Any) -> Any:
-    """Fill ``into``, and return it.
-
-    Raises
-    ------
-    EOFError: the other end is closed.
-    """
-    left = memoryview(into)
-    while left.nbytes:
-        count = sock.recv_into(left)
-        if not count:
-            raise EOFError
-        left = left[count:]
-    return into

@@ -6,7 +6,8 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hpcft.telemetry.events import Event, Times, size_at
+from hpcft.telemetry.beginnings import size_at
+from hpcft.telemetry.events import Event, Times
 from hpcft.telemetry.events import failure as failure_event
 from hpcft.telemetry.rundir import RunDirectory
 from hpcft.telemetry.summary import summarise

@@ -273,6 +273,25 @@ class World:
         """This process's logical rank, None while it is a spare."""
         return self.membership.logical(self.world)
 
+    @property
+    def size(self) -> int:
+        """Number of ranks that train."""
+        return len(self.membership.active)
+
+    @property
+    def part(self) -> int:
+        """Logical rank that this process's script plays; on a spare the last.
+
+        So what a script does in rank 0 alone (printing, saving) it does not on spares.
+        """
+        return self.size - 1 if self.logical is None else self.logical
+
+    def send_role(self) -> None:
+        """Let the shepherd know who this process is now."""
+        assert self.link is not None
+        members = self.membership
+        self.link.send("role", logical=self.logical, active=members.active, epoch=members.epoch)
+
     def _build(self, pool: MPI.Intracomm, membership: Membership) -> MPI.Intracomm | None:
         logical = membership.logical(self.world)
         color = MPI.UNDEFINED if logical is None else 0

@@ -51,6 +51,40 @@ def test_a_job_that_is_warned_goes_on_by_itself_without_the_node_it_has_lost(
     assert third["params_sha256"] == undisturbed(2)[96]
 
 
+def test_a_node_that_is_lost_while_the_ranks_start_is_noticed_and_done_without(
+    cluster: Cluster, shared_path: Path
+) -> None:
+    held = shared_path / "held"
+    held.touch()
+    (shared_path / "sitecustomize.py").write_text(
+        "import os, sys, time\n"
+        f"while 'hpcft.world.rank' in sys.orig_argv and os.path.exists({str(held)!r}):\n"
+        "    time.sleep(0.1)\n"
+    )
+    options = ("--nodes", "3", "--ranks-per-node", "1", "--spares", "1", "--time", "30:00")
+    script = training(
+        *(cluster, shared_path, "--steps", "20"), options=options, often=("--verbose", "2")
+    )
+    script.write_text(
+        script.read_text().replace("\nexec", f"\nexport PYTHONPATH={shared_path}\nexec", 1)
+    )
+    job = Job.submit(cluster, shared_path, str(script))
+    wait_for("all nodes", lambda: "hpcft: starting: all nodes are there" in job.output)
+    (roll,) = shared_path.glob("hpcft-runs/*/roll-*.json")
+    assert roll.stat().st_mode & 0o077 == 0
+    cluster.kill_node("n3")
+    wait_for("the requeue", lambda: "restart 0, requeued" in job.shown().get("Comment", ""))
+    held.unlink()
+    cluster.write_off("n3")
+    shown = job.wait_for_state("COMPLETED")
+    assert shown["ExcNodeList"] == "n3"
+    assert "node n3 was lost while the ranks were starting" in job.output
+    first, second = job.summaries()
+    assert (first["result"], first["steps"], first["requeue"]["excluded"]) == ("failed", 0, ["n3"])
+    assert (second["result"], second["steps"]) == ("ok", 20)
+    assert not list(shared_path.glob("hpcft-runs/*-r1/roll-*"))
+
+
 def test_a_job_whose_script_is_lost_with_its_node_ends_with_its_run(
     cluster: Cluster, shared_path: Path
 ) -> None:

@@ -121,7 +121,7 @@ def test_once_for_scripts(store: Store, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(argv) == 0
     text = capsys.readouterr().out
     assert "over an earlier one" in text
-    assert "usually 2.0 s" in text
+    assert "usually 2 s" in text
     assert "the disk is full" in text
     assert "nothing is committed" in text
     finish(saving)

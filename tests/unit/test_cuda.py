@@ -16,8 +16,8 @@ from hpcft.ckpt.restore import load
 from hpcft.ckpt.save import Save, Saver
 from hpcft.ckpt.store import Store
 from hpcft.train.accelerator import in_use
-from hpcft.train.process_group import completed
 from hpcft.train.state import State
+from hpcft.train.works import completed
 
 pytestmark = [
     pytest.mark.cuda,

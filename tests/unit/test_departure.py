@@ -33,7 +33,7 @@ class Rank:
         self.left: int | None = None
 
     def commit(self) -> None:
-        """Complete a step, as hpcft.train.job does; stop if the step to leave at is not known."""
+        """Complete a step, as hpcft.train.edges does; stop if the step to leave at is not known."""
         if not self.at_gate:
             self.step += 1
             self.progress.step(self.step)

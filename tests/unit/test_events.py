@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcft.telemetry import events as log
-from hpcft.telemetry.events import Echo, Event, line, size_at
+from hpcft.telemetry.beginnings import size_at
+from hpcft.telemetry.events import Echo, Event, line
 from hpcft.telemetry.rundir import RunDirectory
 
 

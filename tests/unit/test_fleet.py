@@ -16,19 +16,19 @@ from hpcft.launch.place import Place
 SECRET = b"secret"
 
 
-async def _pair() -> list[Fleet]:
-    return await _connected(["a", "a"], lambda rank, fact: None)
+def _ignored(*_: object) -> None:
+    """What is told to nobody."""
 
 
-async def _connected(nodes: list[str], heard: Callable[[int, Message], None]) -> list[Fleet]:
-    """A shepherd on each of these nodes; of all facts that are new to one, ``heard`` is told."""
+async def _connected(nodes: str, noted: Callable[[int, Message], None] = _ignored) -> list[Fleet]:
+    """A shepherd on each of these nodes, by a letter; ``noted`` is told what notes one gets."""
     listeners = [Listener("127.0.0.1") for _ in nodes]
     peers = [
         listener.peer(Place(rank, len(nodes), node, node, "127.0.0.1"))
         for rank, (listener, node) in enumerate(zip(listeners, nodes, strict=True))
     ]
     fleets = [
-        Fleet(rank, peers, 30.0, partial(heard, rank), *[lambda _: None] * 3)
+        Fleet(rank, peers, 30.0, _ignored, partial(noted, rank), _ignored, _ignored)
         for rank in range(len(nodes))
     ]
     await asyncio.gather(*(f.join(ls, SECRET) for f, ls in zip(fleets, listeners, strict=True)))
@@ -37,7 +37,7 @@ async def _connected(nodes: list[str], heard: Callable[[int, Message], None]) ->
 
 def test_nobody_leaves_before_it_is_known_why_a_rank_is_dead() -> None:
     async def story() -> set[int]:
-        first, second = await _pair()
+        first, second = await _connected("aa")
         first.announce("end", 0)
         leaving = asyncio.ensure_future(first.leave())
         second.announce_end(1, 1.0)
@@ -56,18 +56,9 @@ def test_nobody_leaves_before_it_is_known_why_a_rank_is_dead() -> None:
 
 def test_notes_get_from_any_shepherd_to_the_settler_and_back_to_all() -> None:
     async def story(nodes: str) -> None:
-        listeners = [Listener("127.0.0.1") for _ in nodes]
         size = len(nodes)
-        peers = [
-            listener.peer(Place(rank, size, nodes[rank], nodes[rank], "127.0.0.1"))
-            for rank, listener in enumerate(listeners)
-        ]
         got: list[list[Message]] = [[] for _ in nodes]
-        fleets = [
-            Fleet(rank, peers, 30.0, lambda _: None, got[rank].append, *[lambda _: None] * 2)
-            for rank in range(size)
-        ]
-        await asyncio.gather(*(f.join(ls, SECRET) for f, ls in zip(fleets, listeners, strict=True)))
+        fleets = await _connected(nodes, lambda rank, note: got[rank].append(note))
         for fleet in fleets:
             fleet.note(fleets[0].settler({1, 2}), of=fleet.rank)
         settler = fleets[0].settler({1, 2})
@@ -89,16 +80,16 @@ def test_notes_get_from_any_shepherd_to_the_settler_and_back_to_all() -> None:
         asyncio.run(story(nodes))
 
 
-@pytest.mark.parametrize("nodes", [["a"] * 4, ["a", "a", "b", "b", "b", "c"]])
-def test_notes_come_to_everybody_once_and_the_newest_stays(
-    nodes: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("nodes", ["aaaa", "aabbbc", "abbca"])
+def test_notes_for_all_come_from_anybody_to_everybody_once(
+    nodes: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[int] = []
     send = Connection.send
 
     def counted(connection: Connection, message: Message) -> None:
-        if message.get("fact") == "pace":
-            sent.append(message["serial"])
+        if message.get("kind") == "pace":
+            sent.append(message["world"])
         send(connection, message)
 
     monkeypatch.setattr(Connection, "send", counted)
@@ -108,24 +99,20 @@ def test_notes_come_to_everybody_once_and_the_newest_stays(
         heard: list[tuple[int, int]] = []
         told = asyncio.Event()
 
-        def hear(rank: int, fact: Message) -> None:
-            if fact["fact"] == "pace":
-                heard.append((rank, fact["serial"]))
-                told.set()
+        def hear(rank: int, note: Message) -> None:
+            heard.append((rank, note["world"]))
+            told.set()
 
         fleets = await _connected(nodes, hear)
-        for serial in (1, 2, 3):
-            fleets[1].announce("pace", 1, serial=serial, compute=float(serial))
-            while len(heard) < size * serial:
-                told.clear()
-                await told.wait()
-        # What comes late changes nothing.
-        fleets[0]._learn({"fact": "pace", "rank": 1, "serial": 2, "compute": 0.0}, None)
-        assert sorted(heard) == [(rank, serial) for rank in range(size) for serial in (1, 2, 3)]
         for fleet in fleets:
-            assert fleet.said("pace")[1]["compute"] == 3.0
-            fleet.announce("end", 0, serial=9)
+            fleet.proclaim(kind="pace", world=fleet.rank)
+        while len(heard) < size**2:
+            told.clear()
+            await told.wait()
+        for fleet in fleets:
+            fleet.announce("end", 0)
         await asyncio.gather(*(fleet.leave() for fleet in fleets))
+        assert sorted(heard) == [(rank, world) for rank in range(size) for world in range(size)]
 
     asyncio.run(asyncio.wait_for(story(), 30))
-    assert sorted(sent) == sorted([1, 2, 3] * (size - 1))
+    assert sorted(sent) == sorted([*range(size)] * (size - 1))

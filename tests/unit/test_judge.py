@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import asdict
 from statistics import median_low
 from typing import Any
 
@@ -145,9 +146,9 @@ def test_a_note_is_of_one_membership() -> None:
     assert note.compute == pytest.approx(0.02, rel=0.1)
 
 
-def test_a_fact_is_the_note() -> None:
+def test_a_message_has_the_note() -> None:
     note = Note(7, 3, 1, 50, 0.02, 0.5, 100.0)
-    assert Note.of({"fact": "pace", "rank": 7, "serial": 4, **note.detail()}) == note
+    assert Note.of({"kind": "pace", "to": None, **asdict(note)}) == note
 
 
 def test_the_slowest_change_places_as_far_as_there_are_spares() -> None:

@@ -10,7 +10,7 @@ from mpi4py import MPI
 from torch import nn
 
 from hpcft.train.flat import Flat
-from hpcft.train.localsgd import LocalSgd
+from hpcft.train.modes.local_sgd import Averaging
 from hpcft.train.process_group import WorldProcessGroup
 from hpcft.train.state import State
 from hpcft.world.progress import Progress
@@ -53,11 +53,11 @@ def state() -> State:
     return State(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1))
 
 
-def sgd(state: State, every: int, elastic: float) -> tuple[LocalSgd, WorldProcessGroup]:
+def sgd(state: State, every: int, elastic: float) -> tuple[Averaging, WorldProcessGroup]:
     group = WorldProcessGroup(0, 2, Progress.create())
     # A parked group adds nothing to what this rank puts in: the others hold zeros.
     group.park(0, 2)
-    return LocalSgd(group, every, elastic, state), group
+    return Averaging(group, every, elastic, state), group
 
 
 def values(state: State) -> set[float]:

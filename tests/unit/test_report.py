@@ -283,7 +283,8 @@ def test_ticks_are_on_the_axis(first: float, length: float) -> None:
 @pytest.mark.parametrize(
     ("seconds", "says"),
     [
-        (0.0, "0 µs"),
+        (-1.0, "0 s"),
+        (0.0, "0 s"),
         (3.2e-5, "32 µs"),
         (0.0123, "12.3 ms"),
         (0.25, "250 ms"),

@@ -75,20 +75,23 @@ def event(kind: str, step: int, **detail: object) -> Event:
 
 
 @pytest.mark.parametrize(
-    ("restarts", "events", "objection"),
+    ("restarts", "events", "lost", "objection"),
     [
-        (0, [event("checkpoint", 10)], ""),
-        (4, [event("restore", 10), event("checkpoint", 20)], ""),
-        (5, [event("restore", 10), event("checkpoint", 20)], "--max-requeue"),
-        (0, [], "no progress at all"),
-        (1, [event("restore", 10)], "no progress since step 10"),
-        (1, [event("restore", 10), event("checkpoint", 10)], "no progress since step 10"),
+        (0, [event("checkpoint", 10)], "", ""),
+        (4, [event("restore", 10), event("checkpoint", 20)], "", ""),
+        (5, [event("restore", 10), event("checkpoint", 20)], "", "--max-requeue"),
+        (0, [], "", "no progress at all"),
+        (1, [event("restore", 10)], "", "no progress since step 10"),
+        (1, [event("restore", 10), event("checkpoint", 10)], "", "no progress since step 10"),
+        (0, [event("failed", 0)], "n3", ""),
+        (5, [event("failed", 0)], "n3", "--max-requeue"),
+        (0, [event("start", 0), event("failed", 5)], "n3", "no progress at all"),
     ],
 )
-def test_a_job_is_requeued_only_for_progress(
-    restarts: int, events: list[Event], objection: str
+def test_a_job_is_requeued_only_for_progress_or_when_a_node_was_lost_at_its_start(
+    restarts: int, events: list[Event], lost: str, objection: str
 ) -> None:
-    found = Budget(restarts, 5).objection(events)
+    found = Budget(restarts, 5).objection(events, lost.split())
     assert objection in found
     assert bool(objection) == bool(found)
 

@@ -15,9 +15,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from hpcft.cli.ckpt import targets
-from hpcft.cli.output import amount, duration, print_json, say
+from hpcft.cli.output import amount, print_json, say
 from hpcft.cli.screen import check_period, keep_showing
 from hpcft.errors import UsageError
+from hpcft.report.amounts import duration
 from hpcft.telemetry.events import Event
 from hpcft.telemetry.rundir import RunDirectory
 

@@ -16,13 +16,22 @@ apart. A failure therefore is healed as when all step together.
 
 from __future__ import annotations
 
+from mpi4py import MPI
+
+from hpcft.train.checkpoints import Checkpoints
+from hpcft.train.dealing import Share
 from hpcft.train.flat import Flat
+from hpcft.train.health import Health
+from hpcft.train.modes.strategy import Strategy
 from hpcft.train.process_group import WorldProcessGroup
+from hpcft.train.replica import Replica
 from hpcft.train.state import State
+from hpcft.world.mode import Mode
+from hpcft.world.recovery import World
 
 
-class LocalSgd:
-    """One rank's part in it.
+class Averaging:
+    """Averages what the ranks have trained.
 
     Parameters
     ----------
@@ -77,3 +86,43 @@ class LocalSgd:
         self._flat.write(average)
         self._averaged = self._state.step if part == 1 else -1
         self.begin()
+
+
+class LocalSgd(Strategy):
+    """One rank's part in it."""
+
+    def __init__(
+        self,
+        group: WorldProcessGroup,
+        world: World,
+        replica: Replica,
+        checkpoints: Checkpoints | None,
+        mode: Mode,
+        health: Health,
+    ) -> None:
+        super().__init__(group, world, replica, checkpoints)
+        self._health = health
+        self._averaging = Averaging(group, mode.sync_every, mode.elastic, replica.state)
+        if checkpoints:
+            checkpoints.beginning = self._average
+
+    def attend(self) -> None:
+        self._averaging.begin()
+
+    def begin(self, share: Share, together: bool) -> None:
+        self._share = share
+
+    def stepped(self, epoch_over: bool) -> None:
+        self._averaging.stepped(self._share.own, self._share.everybody)
+
+    def gather(self, leaving: bool) -> bool:
+        self._average()
+        return leaving
+
+    def _average(self) -> None:
+        """Have all ranks hold the same, for what is saved is to be the average."""
+        with self.world.progress.waiting():
+            self._averaging.average()
+        if self._health.failed_anywhere():
+            raise MPI.Exception(MPI.ERR_REVOKED)
+        self.replica.renew()

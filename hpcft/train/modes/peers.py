@@ -1,9 +1,4 @@
-"""Asynchronous training: each rank steps on its own, and sends what that changes to all others.
-
-Without a server, each with a copy of its own, after Hogwild (Niu, Recht, Ré, Wright, NeurIPS 2011)
-and its distributed relatives (Dean et al., "Large scale distributed deep networks", NeurIPS 2012),
-with a bound on how far ranks may be apart (Ho et al., "More effective distributed ML via a stale
-synchronous parallel parameter server", NeurIPS 2013).
+"""The other ranks, while each steps on its own (:mod:`hpcft.train.modes.asynchronous`).
 
 At a step's end a rank scales what the step has changed, sends that to all others, and adds what
 theirs have sent meanwhile. So all copies hold the same sum of updates but for those on their way.
@@ -20,9 +15,8 @@ What comes in is added by the thread that trains, at the edge of a step, and not
 connection in the midst of one: so a gradient belongs to one set of parameters, and checkpoints and
 newcomers find them whole.
 
-Nobody stops for a failure. Each rank works out by itself who is left (hpcft.world.succession), and
-a spare that finds itself among those who train joins over the mesh (hpcft.train.mesh). MPI is used
-when all begin, and again when all have come to the end: only then they agree on who is left.
+Each rank works out by itself who is left (hpcft.world.succession), and a spare that finds itself
+among those who train joins over the mesh (hpcft.train.mesh).
 """
 
 from __future__ import annotations
@@ -37,7 +31,6 @@ import torch
 from hpcft.train.flat import Flat
 from hpcft.train.interruption import StepInterrupted
 from hpcft.train.mesh import Mesh, Snapshot
-from hpcft.train.process_group import WorldProcessGroup
 from hpcft.train.state import Slot, State, dump, load
 from hpcft.world.link import Link
 from hpcft.world.membership import Healing
@@ -54,8 +47,8 @@ _PATIENCE = 5.0
 _ROUNDS = 1 << 20
 
 
-class Asynchronous:
-    """One rank's part in it.
+class Peers:
+    """What one rank has to do with them.
 
     Parameters
     ----------
@@ -266,33 +259,6 @@ class Asynchronous:
         self._attend()
         if self._world.membership.epoch != self._world.agreed.epoch:
             raise StepInterrupted
-
-    def average(self, group: WorldProcessGroup) -> bool:
-        """Have all ranks hold the average of what they have; collective.
-
-        Returns
-        -------
-        False if a rank has failed; then it has changed nothing.
-        """
-        flat = Flat(
-            [
-                *(p for module in self._state.modules() for p in module.parameters()),
-                *self._state.buffers(),
-            ]
-        )
-        average = flat.read(flat.empty()).mul_(1 / group.size())
-        group.allreduce([average])
-        # Counts cannot be averaged; they are rank 0's.
-        counts = [buffer for buffer in self._state.buffers() if not buffer.is_floating_point()]
-        taken = [count.clone() for count in counts]
-        for count in taken:
-            group.broadcast([count])
-        if group.failure is not None:
-            return False
-        flat.write(average)
-        for count, its in zip(counts, taken, strict=True):
-            count.copy_(its)
-        return True
 
     # -- joining -------------------------------------------------------------------------------
 

@@ -1,0 +1,1 @@
+"""What differs by ``--mode``: how the ranks that train work together."""
