@@ -277,8 +277,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--seed {args.seed}", "it is 0 or more")
     if args.validate:
         return _validate(args)
-    told = _told(args.source or args.trace)
-    traced = _told(args.trace)
+    traced = _told(args.trace) if args.trace else None
+    told = _told(args.source) if args.source else traced
     given = _given(args, told, traced)
     trace = None if traced is None else _trace(traced, int(given["ranks-per-node"]))
     scenario = _scenario(args, given).checked()
@@ -318,9 +318,7 @@ class _Told:
     chapters: tuple[Chapter, ...]
 
 
-def _told(name: str | None) -> _Told | None:
-    if name is None:
-        return None
+def _told(name: str) -> _Told:
     from hpcft.report import record, story
 
     run = find(name)

@@ -259,6 +259,7 @@ class _Life:
             if self._of.stack.in_place and self._of.stack.rejoin:
                 self._pool += 1
             else:
+                # Nobody has it join those that train.
                 self._ready += 1
 
     def _size(self) -> int:
@@ -312,6 +313,7 @@ class _Life:
             self._collect()
             alive = stack.in_place and not job and not cold and lost < self._active
             if not alive or not self._size():
+                # All ranks are started again, on whatever there is.
                 alive, job = False, True
                 self._pool, self._ready = self._pool + self._ready, 0
             size = self._size()
