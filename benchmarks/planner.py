@@ -11,9 +11,9 @@ failures as they came (`hpcft plan --trace`, column *traced*), where luck plays 
 times that the run itself has measured, in place of the calibration's, what is left is due to the
 planner alone (column *own times*).
 
-Each share is that of the time from the first step on, for no failure comes before. Whether a failure
-just misses a checkpoint or not is worth the steps between two, so these are few; on a machine that has
-something else to do times differ by more than all of this.
+Each share is that of the time from the first step on, for no failure comes before. Whether a
+failure just misses a checkpoint or not is worth the steps between two, so these are few. On a
+machine that has something else to do times differ by more than all of this.
 """
 
 from __future__ import annotations
