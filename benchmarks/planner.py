@@ -49,7 +49,6 @@ class Configuration:
     least: fewer ranks do not go on, all are started again.
     every: steps from one file to the next; ``near`` the same near the ranks, 0 for none.
     rate: failures a minute, of those that train and of spares.
-    slow: how often a minute a rank turns slow for a while.
     """
 
     name: str
@@ -59,7 +58,6 @@ class Configuration:
     every: int = 100
     near: int = 0
     rate: float = 4.0
-    slow: float = 0.0
 
     @property
     def processes(self) -> int:
@@ -78,10 +76,7 @@ CONFIGURATIONS = (
     Configuration("spare, then relaunch 4+1", 4, 1, 4, every=20),
     Configuration("spare, then relaunch 2+1", 2, 1, 2, every=20, rate=6),
     Configuration("spares, shrink, relaunch 4+2", 4, 2, 3, every=20, rate=6),
-    Configuration("slow ranks 3+1", 3, 1, rate=1, slow=2),
 )
-#: A slow rank's steps take so many times as long, and for so many seconds.
-_SLOWDOWN, _SLOW_FOR = 3, 8
 
 
 @dataclass(frozen=True)
@@ -105,7 +100,7 @@ class Row:
     """The shares of a configuration, in parts of 1.
 
     between: of 9 of 10 runs, as predicted.
-    traced, own: None where what happened is more than a trace has.
+    traced, own: as predicted of the failures as they came, by a calibration and by its own times.
     """
 
     name: str
@@ -113,8 +108,8 @@ class Row:
     measured: float
     predicted: float
     between: tuple[float, float]
-    traced: float | None
-    own: float | None
+    traced: float
+    own: float
 
 
 def hpcft(*words: str) -> str:
@@ -216,13 +211,10 @@ def faults_of(one: Configuration, seconds: float, chance: random.Random) -> str:
 
     There are as many as the rate makes in the mean, for of few their number is most of the luck.
     """
-    kills, slows = (round(rate * seconds / 60) for rate in (one.rate, one.slow))
     lines = []
-    for _ in range(kills):
+    for _ in range(round(one.rate * seconds / 60)):
         spare = chance.random() * one.processes >= one.ranks
         lines.append((chance.uniform(0, seconds), "kill spare" if spare else "kill"))
-    for _ in range(slows):
-        lines.append((chance.uniform(0, seconds), f"slow for={_SLOW_FOR}s factor={_SLOWDOWN}"))
     return "\n".join(f"{at:.3f}s {what}" for at, what in sorted(lines))
 
 
@@ -244,9 +236,6 @@ def planned(one: Configuration, by: Known, *words: str) -> dict[str, Any]:
     }
     if one.near:
         said["--near-every"] = one.near * by.step
-    if one.slow:
-        said |= {"--slow-every": 60 * one.processes / one.slow, "--slowdown": _SLOWDOWN}
-        said["--slow-for"] = _SLOW_FOR
     options = [str(word) for pair in said.items() for word in pair]
     told: dict[str, Any] = json.loads(hpcft("plan", *options, "--no-rejoin", "--json", *words))
     return told
@@ -270,13 +259,11 @@ def compare(
         one, by, "--days", str(days), "--mtbf-node", str(between), "--start", "0", *lives
     )
     told = harmed(run, one, faults, seconds)
-    traced = own = None
-    if not one.slow:
-        # It is from the first step on that the failures came.
-        words = ["--trace", str(run), "--start", str(told["goodput"]["starting"]), "--runs", "2"]
-        traced, own = (
-            share(planned(one, times, *words)["goodput"]) for times in (by, known(run, one, told))
-        )
+    # It is from the first step on that the failures came.
+    words = ["--trace", str(run), "--start", str(told["goodput"]["starting"]), "--runs", "2"]
+    traced, own = (
+        share(planned(one, times, *words)["goodput"]) for times in (by, known(run, one, told))
+    )
     hit = sum(incident["kind"] == "failure" for incident in told["incidents"])
     low, high = predicted["between"]
     part = share(predicted["goodput"])
@@ -292,13 +279,9 @@ def _apart(name: str, differences: list[float]) -> str:
 def _line(row: Row) -> str:
     low, high = row.between
     cells = [row.name, str(row.failures), f"{100 * row.measured:.1f} %"]
-    cells += [f"{100 * row.predicted:.1f} % ({100 * low:.0f} to {100 * high:.0f})"]
-    cells += [f"{100 * (row.predicted - row.measured):+.1f}"]
-    for found in (row.traced, row.own):
-        if found is None:
-            cells += ["", ""]
-        else:
-            cells += [f"{100 * found:.1f} %", f"{100 * (found - row.measured):+.1f}"]
+    for found in (row.predicted, row.traced, row.own):
+        cells += [f"{100 * found:.1f} %", f"{100 * (found - row.measured):+.1f}"]
+    cells[3] += f" ({100 * low:.0f} to {100 * high:.0f})"
     return f"| {' | '.join(cells)} |"
 
 
@@ -334,10 +317,7 @@ def main() -> None:
             print(_line(rows[-1]), flush=True)
         print()
         for name, of in zip(names, ("predicted", "traced", "own"), strict=True):
-            pairs = [(getattr(row, of), row.measured) for row in rows]
-            apart = [found - measured for found, measured in pairs if found is not None]
-            if apart:
-                print(_apart(name, apart))
+            print(_apart(name, [getattr(row, of) - row.measured for row in rows]))
         within = sum(row.between[0] <= row.measured <= row.between[1] for row in rows)
         print(f"measured where 9 of 10 were predicted to be: {within} of {len(rows)}")
     finally:

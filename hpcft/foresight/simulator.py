@@ -92,7 +92,7 @@ class _Life:
         hazards = scenario.hazards
         self._rate = scenario.failure_rate
         self._scale = 1 / math.gamma(1 + 1 / hazards.shape)
-        self._slow_rate = self._all / hazards.slow
+        self._slow_rate = machine.nodes / hazards.slow
         self._failure = self._next_failure()
         self._slow = self._after(1 / self._slow_rate if self._slow_rate else math.inf)
         self._slow_until = -math.inf
