@@ -9,7 +9,7 @@ one saves.
 
 With several tiers a failure goes back to the nearest that has survived it. To first order each tier
 has an optimum of its own, by its own cost and by the rate of those failures alone that need it (Di,
-Robert, Vivien and Cappello 2014; Benoit et al. 2017); hence one formula serves all of them. Saves
+Bouguerra, Bautista-Gomez and Cappello, IPDPS 2014; Benoit et al. 2017; both from memory); hence one formula serves all of them. Saves
 in the background make C small, and what they take until they are committed does not change t: that
 is lost with every failure.
 
