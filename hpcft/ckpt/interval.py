@@ -9,9 +9,9 @@ one saves.
 
 With several tiers a failure goes back to the nearest that has survived it. To first order each tier
 has an optimum of its own, by its own cost and by the rate of those failures alone that need it (Di,
-Bouguerra, Bautista-Gomez and Cappello, IPDPS 2014; Benoit et al. 2017; both from memory); hence one formula serves all of them. Saves
-in the background make C small, and what they take until they are committed does not change t: that
-is lost with every failure.
+Bouguerra, Bautista-Gomez and Cappello, IPDPS 2014; Benoit et al. 2017; both from memory); hence one
+formula serves all of them. Saves in the background make C small, and what they take until they are
+committed does not change t: that is lost with every failure.
 
 The rate is estimated. Before anything has been seen it is what others have published, and the more
 of the run's own nodes has been seen, the less that counts: the mean of a gamma distribution, which
