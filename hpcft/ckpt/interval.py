@@ -1,15 +1,17 @@
 """How often to save: what costs least, by what a save costs and how often one is needed.
 
 Saving every t seconds costs C / t of the time, and a failure that comes every M seconds, and goes
-back to the last save, t / 2 each: least is lost with t = sqrt(2 C M) (Young 1974). Daly (2006) has
-the terms that follow where C is not small beside M. What a restart costs plays no part in it: it is
-paid a failure, however often one saves.
+back to the last save, t / 2 each: least is lost with t = sqrt(2 C M) (Young, "A first order
+approximation to the optimum checkpoint interval", CACM 17, 1974). Daly ("A higher order estimate of
+the optimum checkpoint interval for restart dumps", FGCS 22, 2006) has the terms that follow where C
+is not small beside M. What a restart costs plays no part in it: it is paid a failure, however often
+one saves.
 
 With several tiers a failure goes back to the nearest that has survived it. To first order each tier
 has an optimum of its own, by its own cost and by the rate of those failures alone that need it (Di,
-Robert, Vivien and Cappello 2014; Benoit et al. 2017); hence one formula serves all of them. Saves
-in the background make C small, and what they take until they are committed does not change t: that
-is lost with every failure.
+Bouguerra, Bautista-Gomez and Cappello, IPDPS 2014; Benoit et al. 2017; both from memory); hence one
+formula serves all of them. Saves in the background make C small, and what they take until they are
+committed does not change t: that is lost with every failure.
 
 The rate is estimated. Before anything has been seen it is what others have published, and the more
 of the run's own nodes has been seen, the less that counts: the mean of a gamma distribution, which
@@ -21,14 +23,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-#: Failures a second of one node, before anything is known: 6.5 in a thousand node-days. Kokolis et
-#: al. 2024, "Revisiting Reliability in Large-Scale Machine Learning Research Clusters", cluster
-#: RSC-1; the training of Llama 3 in 2024 had 3.8, their RSC-2 2.3.
-PRIOR_RATE = 6.5e-3 / 86400
-#: What has been seen outweighs that from here on: node-seconds. Clusters differ tenfold.
+from hpcft.telemetry.published import NODE_HOURS
+
+#: Failures a second of one node, before anything is known.
+PRIOR_RATE = 1 / (NODE_HOURS * 3600)
+#: What has been seen outweighs that from here on: node-seconds. That is little, for what is seen
+#: is of the very nodes and the very training that the interval is for.
 PRIOR_WEIGHT = 86400.0
-#: Of the failures that come to a tier, those that it cannot heal: Moody et al. 2010 (SCR) found
-#: that 85 % needed no file, with copies on one other node.
+#: Of the failures that come to a tier, those that it cannot heal. Moody et al., SC10, say of SCR's
+#: checkpoints on the nodes that they were effective against 85 % of the failures of their systems.
 PAST_A_TIER = 0.15
 
 #: At most this part of the time goes into the saves of one tier.
@@ -42,7 +45,7 @@ _HYSTERESIS = 1.2
 
 
 def optimum(cost: float, mtbf: float) -> float:
-    """Seconds from the end of a save to the begin of the next that lose least (Daly 2006, eq. 37).
+    """Seconds from the end of a save to the begin of the next that lose least (Daly 2006).
 
     Parameters
     ----------

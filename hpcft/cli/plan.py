@@ -7,12 +7,13 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from hpcft.ckpt import interval
 from hpcft.cli import quantities
 from hpcft.cli.output import Column, say, table, write_whole
 from hpcft.cli.runs import RUN, see
@@ -33,7 +34,9 @@ from hpcft.watch.runs import find
 
 if TYPE_CHECKING:
     from hpcft.foresight.forecast import Forecast, Mean
-    from hpcft.foresight.measured import Measured
+    from hpcft.foresight.trace import Strike
+    from hpcft.report.record import Chapter
+    from hpcft.report.story import Story
 
 SUMMARY = "simulate a campaign: how many spares, how often to save, what goodput, what cost"
 
@@ -47,6 +50,7 @@ nodes, and say what comes of it: goodput, where the time goes, how often to save
     hpcft plan --nodes 512 --sharded --near-every 1m            state sharded, kept near the ranks
     hpcft plan --nodes 512 --restart --relaunch 10m             without recovery in place
     hpcft plan --from RUN --nodes 512                           with the times that RUN has measured
+    hpcft plan --trace RUN --spares 2                           RUN's failures, another setting
     hpcft plan --nodes 512 --sweep ckpt-every=1m..4h --plot plan.html
     hpcft plan --validate                                       against published campaigns
 
@@ -64,37 +68,6 @@ exit code: 0 done; 1 the page cannot be written, or the run not be read; 2 wrong
 _GRID, _LONGER = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0), (8.0, 16.0, 32.0, 64.0)
 
 
-@dataclass(frozen=True)
-class _Option:
-    """An option that is a number, and so can be swept over.
-
-    default: None where it depends on others.
-    help: what it is, without the default.
-    """
-
-    name: str
-    kind: Callable[[str], float]
-    default: float | None
-    help: str
-
-    @property
-    def field(self) -> str:
-        return self.name.replace("-", "_")
-
-    def write(self, value: float) -> str:
-        """A value of it, for people."""
-        if self.kind is not _TIME:
-            return f"{value:g}"
-        return "never" if math.isinf(value) else duration(value)
-
-    @property
-    def explained(self) -> str:
-        """For ``--help``."""
-        if self.default is None:
-            return self.help
-        return f"{self.help} (default: {self.write(self.default)})"
-
-
 def _count(text: str) -> int:
     return int(text)
 
@@ -107,90 +80,181 @@ def _number(text: str) -> float:
 
 
 _TIME = quantities.seconds
-_MACHINE, _HAZARDS, _SAVES, _STACK, _SITE = Machine(1), Hazards(), Saves(), Stack(), Site()
-_FILE = _SAVES.file or Tier(600.0, 0.2)
-_GROUPS: dict[str, tuple[_Option, ...]] = {
-    "the machine": (
-        _Option("nodes", _count, None, "nodes that train"),
-        _Option("spares", _count, _MACHINE.spares, "nodes that wait, besides"),
-        _Option("ranks-per-node", _count, _MACHINE.ranks_per_node, "ranks on each"),
-        _Option("rack-nodes", _count, _MACHINE.rack, "nodes that fail with their rack"),
-        _Option("days", _number, 30, "for how long the nodes are there"),
+
+
+@dataclass(frozen=True)
+class _Option:
+    """An option that is a number, and so can be swept over.
+
+    field: which of the part of a scenario that its group describes; empty: none of these.
+    help: what it is, without the default.
+    default: None: the part's own, and where that has none the option has to be given.
+    """
+
+    name: str
+    field: str
+    kind: Callable[[str], float]
+    help: str
+    default: float | None = None
+
+    @property
+    def place(self) -> str:
+        """What it is called among the parsed options, and among what a run has measured."""
+        return self.name.replace("-", "_")
+
+    def write(self, value: float) -> str:
+        """A value of it, for people."""
+        if self.kind is not _TIME:
+            return f"{value:g}"
+        return "never" if math.isinf(value) else duration(value)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Options that describe a part of a scenario."""
+
+    title: str
+    part: type
+    options: tuple[_Option, ...]
+
+    def default(self, option: _Option) -> float | None:
+        """None if it has to be given."""
+        if option.default is not None:
+            return option.default
+        own = {one.name: one.default for one in fields(self.part)}.get(option.field, MISSING)
+        return None if own is MISSING else own
+
+    def of(self, given: dict[str, float]) -> Any:
+        """The part."""
+        own = (one for one in self.options if one.field)
+        return self.part(**{o.field: _whole(o, given[o.name]) for o in own})
+
+
+def _whole(option: _Option, value: float) -> float:
+    return int(value) if option.kind is _count else value
+
+
+_FILE = Saves().file or Tier(600.0, 0.0)
+_GROUPS = (
+    _Group(
+        "the machine",
+        Machine,
+        (
+            _Option("nodes", "nodes", _count, "nodes that train"),
+            _Option("spares", "spares", _count, "nodes that wait, besides"),
+            _Option("ranks-per-node", "ranks_per_node", _count, "ranks on each"),
+            _Option("rack-nodes", "rack", _count, "nodes that fail with their rack"),
+            _Option("days", "", _number, "for how long the nodes are there", 30),
+        ),
     ),
-    "what befalls it (mean times between)": (
-        _Option("mtbf-node", _TIME, _HAZARDS.node, "failures of one node"),
-        _Option("mtbf-rack", _TIME, _HAZARDS.rack, "failures of one rack"),
-        _Option("mtbf-job", _TIME, _HAZARDS.job, "failures of all ranks at once"),
-        _Option("shape", _number, _HAZARDS.shape, "Weibull's, of the failures; 1 is exponential"),
-        _Option("slow-every", _TIME, _HAZARDS.slow, "one node's turning slow"),
-        _Option("slowdown", _number, _HAZARDS.slowdown, "times as long as a step then takes"),
-        _Option("slow-for", _TIME, _HAZARDS.slow_for, "until it is fast again"),
-        _Option("preempted", _TIME, _HAZARDS.preempted, "preemptions"),
+    _Group(
+        "what befalls it (mean times between)",
+        Hazards,
+        (
+            _Option("mtbf-node", "node", _TIME, "failures of one node"),
+            _Option("mtbf-rack", "rack", _TIME, "failures of one rack"),
+            _Option("mtbf-job", "job", _TIME, "failures of all ranks at once"),
+            _Option("shape", "shape", _number, "Weibull's, of the failures; 1 is exponential"),
+            _Option("slow-every", "slow", _TIME, "one node's turning slow"),
+            _Option("slowdown", "slowdown", _number, "times as long as a step then takes"),
+            _Option("slow-for", "slow_for", _TIME, "until it is fast again"),
+            _Option("preempted", "preempted", _TIME, "preemptions"),
+        ),
     ),
-    "checkpoints": (
-        _Option("ckpt-every", _TIME, _FILE.interval, "training between two files; never: no files"),
-        _Option("ckpt-cost", _TIME, _FILE.cost, "for which a save holds training up"),
-        _Option("ckpt-write", _TIME, _FILE.write, "until it is safe"),
-        _Option("ckpt-restore", _TIME, _FILE.restore, "to read it"),
-        _Option("near-every", _TIME, math.inf, "between saves near the ranks"),
-        _Option("near-cost", _TIME, 0.05, "for which one holds training up"),
-        _Option("near-restore", _TIME, 1.0, "to read it"),
-        _Option("near-survives", _count, _SAVES.near_survives, "nodes lost at once"),
+    _Group(
+        "checkpoints in files",
+        Tier,
+        (
+            _Option(
+                "ckpt-every",
+                "interval",
+                _TIME,
+                "training between two files; never: no files",
+                _FILE.interval,
+            ),
+            _Option("ckpt-cost", "cost", _TIME, "for which one holds training up", _FILE.cost),
+            _Option("ckpt-write", "write", _TIME, "until it is safe", _FILE.write),
+            _Option("ckpt-restore", "restore", _TIME, "to read it", _FILE.restore),
+        ),
     ),
-    "the stack": (
-        _Option("step", _TIME, _STACK.step, "a step of the training"),
-        _Option("detect", _TIME, _STACK.detect, "until a failure is known"),
-        _Option("adopt", _TIME, _STACK.adopt, "until a spare has taken over"),
-        _Option("shrink", _TIME, _STACK.shrink, "until the others go on with fewer"),
-        _Option("relaunch", _TIME, _STACK.relaunch, "to start all ranks again"),
-        _Option("resize", _TIME, _STACK.resize, "to take repaired nodes in"),
-        _Option("start", _TIME, _STACK.start, "to start the job"),
-        _Option("min-nodes", _count, _STACK.at_least, "fewer do not train on; 0: half of them"),
-        _Option("group-nodes", _count, _STACK.by, "nodes that a shrink leaves out at once"),
+    _Group(
+        "checkpoints near the ranks",
+        Tier,
+        (
+            _Option("near-every", "interval", _TIME, "training between two", math.inf),
+            _Option("near-cost", "cost", _TIME, "for which one holds training up", 0.05),
+            _Option("near-restore", "restore", _TIME, "to read it", 1.0),
+            _Option("near-survives", "", _count, "nodes lost at once", Saves.near_survives),
+        ),
     ),
-    "the site": (
-        _Option("repair", _TIME, _SITE.repair, "until a failed node is back, mean"),
-        _Option("soft", _number, _SITE.soft, "part of failures that a reboot mends"),
-        _Option("reboot", _TIME, _SITE.reboot, "until a node is back that needs no more than that"),
-        _Option("queue", _TIME, _SITE.queue, "wait in the queue, mean"),
-        _Option("time-limit", _TIME, _SITE.limit, "of a job"),
-        _Option("price", _number, _SITE.price, "of a node-hour"),
+    _Group(
+        "the stack",
+        Stack,
+        (
+            _Option("step", "step", _TIME, "a step of the training"),
+            _Option("waiting", "waiting", _number, "part of it that waits for slower ranks"),
+            _Option("detect", "detect", _TIME, "until a failure is known"),
+            _Option("adopt", "adopt", _TIME, "until a spare has taken over"),
+            _Option("shrink", "shrink", _TIME, "until the others go on with fewer"),
+            _Option("relaunch", "relaunch", _TIME, "to start all ranks again"),
+            _Option("resize", "resize", _TIME, "to take repaired nodes in"),
+            _Option("start", "start", _TIME, "to start the job"),
+            _Option("end", "end", _TIME, "to end it"),
+            _Option("min-nodes", "at_least", _count, "fewer do not train on; 0: half of them"),
+            _Option("group-nodes", "by", _count, "nodes that a shrink leaves out at once"),
+        ),
     ),
-}
-_OPTIONS = {option.name: option for group in _GROUPS.values() for option in group}
-_WHOLE = {name for name, option in _OPTIONS.items() if option.kind is _count}
+    _Group(
+        "the site",
+        Site,
+        (
+            _Option("repair", "repair", _TIME, "until a failed node is back, mean"),
+            _Option("soft", "soft", _number, "part of failures that a reboot mends"),
+            _Option("reboot", "reboot", _TIME, "until a node is back that needs no more"),
+            _Option("queue", "queue", _TIME, "wait in the queue, mean"),
+            _Option("time-limit", "limit", _TIME, "of a job"),
+            _Option("price", "price", _number, "of a node-hour"),
+        ),
+    ),
+)
+_OPTIONS = {option.name: option for group in _GROUPS for option in group.options}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the options."""
     parser.epilog = _EPILOG
-    for title, options in _GROUPS.items():
-        group = parser.add_argument_group(title)
-        for option in options:
+    groups = {}
+    for group in _GROUPS:
+        groups[group.part] = added = parser.add_argument_group(group.title)
+        for option in group.options:
+            default = group.default(option)
+            said = "" if default is None else f" (default: {option.write(default)})"
             metavar = "TIME" if option.kind is _TIME else "N"
-            group.add_argument(
-                f"--{option.name}", type=option.kind, metavar=metavar, help=option.explained
+            added.add_argument(
+                f"--{option.name}", type=option.kind, metavar=metavar, help=option.help + said
             )
-        if title == "the stack":
-            group.add_argument(
-                "--sharded", action="store_true", help="a lost rank's state is on no other rank"
-            )
-            group.add_argument(
-                "--restart",
-                action="store_true",
-                help="no recovery in place: each failure ends all ranks, as without hpcft",
-            )
-            group.add_argument(
-                "--short",
-                choices=SHORT,
-                help="what is done without a spare: go on with fewer, wait for a repair, or give "
-                "the nodes back and queue (default: shrink; with --restart wait)",
-            )
-            group.add_argument(
-                "--no-rejoin", action="store_true", help="repaired nodes do not come back"
-            )
+    add = groups[Stack].add_argument
+    add("--sharded", action="store_true", help="a lost rank's state is on no other rank")
+    add(
+        "--restart",
+        action="store_true",
+        help="no recovery in place: each failure ends all ranks, as without hpcft",
+    )
+    add(
+        "--short",
+        choices=SHORT,
+        help="what is done without a spare: go on with fewer, wait for a repair, or give the nodes "
+        "back and queue (default: shrink; with --restart wait)",
+    )
+    add("--no-rejoin", action="store_true", help="repaired nodes do not come back into the run")
     add = parser.add_argument
     add("--from", dest="source", metavar="RUN", help="take sizes and times that RUN has measured")
+    add(
+        "--trace",
+        metavar="RUN",
+        help="the failures that RUN has had, when it had them, in place of any drawn at random; "
+        "and its length, sizes and times as by --from RUN, where nothing else is said",
+    )
     add(
         "--sweep",
         metavar="NAME=VALUES",
@@ -213,16 +277,19 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--seed {args.seed}", "it is 0 or more")
     if args.validate:
         return _validate(args)
-    given = _given(args)
+    traced = _told(args.trace) if args.trace else None
+    told = _told(args.source) if args.source else traced
+    given = _given(args, told, traced)
+    trace = None if traced is None else _trace(traced, int(given["ranks-per-node"]))
     scenario = _scenario(args, given).checked()
     swept = _swept(args, given)
     # What simulates takes its time to be loaded, which the other commands need not spend.
     from hpcft.foresight import forecast
 
     with Console(stderr=True).status("simulating ..."):
-        found = forecast.simulate(scenario, args.runs, args.seed)
+        found = forecast.simulate(scenario, args.runs, args.seed, trace)
         intervals = _intervals(args, scenario)
-        rows = forecast.sweep(swept[1], swept[2], args.runs, args.seed) if swept else []
+        rows = forecast.sweep(swept[1], swept[2], args.runs, args.seed, trace) if swept else []
     name = swept[0] if swept else ""
     if args.plot:
         from hpcft.foresight import page
@@ -232,9 +299,9 @@ def run(args: argparse.Namespace) -> int:
         text = page.draw(found, tried, marks, name, labels, rows)
         write_whole(args.plot, text, "name another place with --plot")
     if args.json:
-        print(json.dumps(_as_json(found, intervals, name, rows)))
+        print(json.dumps(_as_json(found, trace, intervals, name, rows)))
         return 0
-    _tell(found, intervals)
+    _tell(found, trace, intervals)
     if rows:
         _tell_sweep(name, rows)
     if args.plot:
@@ -242,24 +309,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _given(args: argparse.Namespace) -> dict[str, float]:
-    """What holds: what is said, else what the run has measured, else the defaults."""
-    measured = _measured(args.source) if args.source else None
-    given: dict[str, float] = {}
-    for name, option in _OPTIONS.items():
-        value: float | None = getattr(args, option.field)
-        if value is None and measured is not None:
-            value = getattr(measured, option.field, None)
-        if value is None:
-            value = option.default
-        if value is None:
-            raise UsageError("how many nodes?", "say --nodes N, or --from RUN")
-        given[name] = value
-    return given
+@dataclass(frozen=True)
+class _Told:
+    """A run that is on record."""
+
+    path: Path
+    story: Story
+    chapters: tuple[Chapter, ...]
 
 
-def _measured(name: str) -> Measured:
-    from hpcft.foresight.measured import measure
+def _told(name: str) -> _Told:
     from hpcft.report import record, story
 
     run = find(name)
@@ -271,66 +330,56 @@ def _measured(name: str) -> Measured:
     path = run.rundir.path
     try:
         read = record.read(path, status)
-        measured = measure(story.of_record(read), read.chapters)
+        return _Told(path, story.of_record(read), read.chapters)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise HpcftError(f"{path} cannot be read: {error}") from error
-    if all(getattr(measured, field.name) is None for field in fields(measured)):
+
+
+def _given(args: argparse.Namespace, told: _Told | None, traced: _Told | None) -> dict[str, float]:
+    """What holds: what is said, else what the run has measured, else the defaults."""
+    from hpcft.foresight.measured import Measured, measure
+
+    measured = measure(told.story, told.chapters) if told else Measured()
+    if told and measured == Measured():
         raise HpcftError(
-            f"{path} has nothing to tell: its training never began", "name another run"
+            f"{told.path} has nothing to tell: its training never began", "name another run"
         )
-    return measured
+    given: dict[str, float] = {}
+    for group in _GROUPS:
+        for option in group.options:
+            value: float | None = getattr(args, option.place)
+            if value is None:
+                value = getattr(measured, option.place, None)
+            if value is None and option.name == "days" and traced:
+                value = traced.story.goodput.whole / DAY
+            if value is None:
+                value = group.default(option)
+            if value is None:
+                raise UsageError("how many nodes?", "say --nodes N, or --from RUN")
+            given[option.name] = value
+    if traced:
+        given |= dict.fromkeys(("mtbf-node", "mtbf-rack", "mtbf-job"), math.inf)
+    return given
+
+
+def _trace(traced: _Told, ranks_per_node: int) -> tuple[Strike, ...]:
+    from hpcft.foresight.trace import strikes
+
+    return strikes(traced.chapters, ranks_per_node)
 
 
 def _scenario(args: argparse.Namespace, given: dict[str, float]) -> Scenario:
-    def tier(name: str, write: float) -> Tier | None:
-        every = given[f"{name}-every"]
-        if math.isinf(every):
-            return None
-        return Tier(every, given[f"{name}-cost"], write, given[f"{name}-restore"])
-
-    return Scenario(
-        Machine(
-            int(given["nodes"]),
-            int(given["spares"]),
-            int(given["ranks-per-node"]),
-            int(given["rack-nodes"]),
-        ),
-        given["days"] * DAY,
-        Hazards(
-            node=given["mtbf-node"],
-            rack=given["mtbf-rack"],
-            job=given["mtbf-job"],
-            shape=given["shape"],
-            slow=given["slow-every"],
-            slowdown=given["slowdown"],
-            slow_for=given["slow-for"],
-            preempted=given["preempted"],
-        ),
-        Saves(tier("ckpt", given["ckpt-write"]), tier("near", 0.0), int(given["near-survives"])),
-        Stack(
-            in_place=not args.restart,
-            sharded=args.sharded,
-            step=given["step"],
-            detect=given["detect"],
-            adopt=given["adopt"],
-            shrink=given["shrink"],
-            relaunch=given["relaunch"],
-            resize=given["resize"],
-            start=given["start"],
-            short=args.short or ("wait" if args.restart else "shrink"),
-            at_least=int(given["min-nodes"]),
-            by=int(given["group-nodes"]),
-            rejoin=not args.no_rejoin,
-        ),
-        Site(
-            repair=given["repair"],
-            soft=given["soft"],
-            reboot=given["reboot"],
-            queue=given["queue"],
-            limit=given["time-limit"],
-            price=given["price"],
-        ),
+    machine, hazards, file, near, stack, site = (group.of(given) for group in _GROUPS)
+    tiers = [None if math.isinf(tier.interval) else tier for tier in (file, near)]
+    saves = Saves(tiers[0], tiers[1], int(given["near-survives"]))
+    stack = replace(
+        stack,
+        in_place=not args.restart,
+        sharded=args.sharded,
+        short=args.short or ("wait" if args.restart else "shrink"),
+        rejoin=not args.no_rejoin,
     )
+    return Scenario(machine, given["days"] * DAY, hazards, saves, stack, site)
 
 
 def _swept(
@@ -347,7 +396,7 @@ def _swept(
             "write for instance --sweep spares=0..64",
         )
     try:
-        values = quantities.values(text, option.kind, name in _WHOLE)
+        values = quantities.values(text, option.kind, option.kind is _count)
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise UsageError(
             f"--sweep {args.sweep} has no values of --{name} ({error})",
@@ -390,7 +439,7 @@ def _intervals(args: argparse.Namespace, scenario: Scenario) -> Intervals | None
     if file is None or not file.cost or not rate:
         return None
     loss = 1 / rate
-    young, daly = optimum.young(file.cost, loss), optimum.daly(file.cost, loss)
+    young, daly = optimum.young(file.cost, loss), interval.optimum(file.cost, loss)
     runs = max(2, args.runs // 2)
 
     def work(found: Forecast) -> float:
@@ -456,7 +505,7 @@ def _share(mean: Mean) -> str:
     return f"{100 * mean.mean:.2f} % (+- {100 * mean.margin:.2f})"
 
 
-def _tell(found: Forecast, intervals: Intervals | None) -> None:
+def _tell(found: Forecast, trace: tuple[Strike, ...] | None, intervals: Intervals | None) -> None:
     from hpcft.report.words import PARTS
 
     scenario = found.scenario
@@ -466,7 +515,11 @@ def _tell(found: Forecast, intervals: Intervals | None) -> None:
         f"{ranks:,} ranks on {machine.nodes:,} nodes and {machine.spares:,} spare nodes, "
         f"{scenario.seconds / 86400:g} days, {found.runs} lives"
     )
+    if trace is not None:
+        say(f"the failures           {len(trace)} of the run that was named, when it had them")
+    low, high = (100 * end for end in found.between)
     say(f"goodput                {_share(found.part)}: the time that goes into steps that count")
+    say(f"in 9 of 10 lives       from {low:.2f} to {high:.2f} %")
     say(f"work done              {_share(found.work)}: of what these nodes do when nothing fails")
     say(f"in 19 of 20 lives      at least {100 * found.worst:.2f} %")
     say(f"of what is paid for    {100 * found.yield_:.2f} %, spares included")
@@ -528,9 +581,15 @@ def _tell_sweep(name: str, rows: list[tuple[float, Forecast]]) -> None:
 
 
 def _as_json(
-    found: Forecast, intervals: Intervals | None, name: str, rows: list[tuple[float, Forecast]]
+    found: Forecast,
+    trace: tuple[Strike, ...] | None,
+    intervals: Intervals | None,
+    name: str,
+    rows: list[tuple[float, Forecast]],
 ) -> dict[str, Any]:
     told: dict[str, Any] = {"scenario": _finite(asdict(found.scenario)), **found.as_json()}
+    if trace is not None:
+        told["trace"] = [asdict(strike) for strike in trace]
     if intervals:
         told["interval"] = {
             "young": intervals.young,

@@ -8,22 +8,24 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from hpcft.ckpt.errand import Errand
 from hpcft.cli import quantities
 from hpcft.cli.output import Column, say, table
-from hpcft.cli.runs import RUN, see
+from hpcft.cli.runs import PATIENCE, RUN
 from hpcft.errors import HpcftError, UsageError
 from hpcft.launch.cause import oom_kills
 from hpcft.report.amounts import duration
 from hpcft.slurm import records as slurm
 from hpcft.telemetry import uptime
 from hpcft.telemetry.uptime import Stretch
-from hpcft.watch.runs import Run, find, known
+from hpcft.watch.runs import SILENCE, Jobs, Run, find, known
 
 if TYPE_CHECKING:
     from hpcft.foresight.aging import Aging
@@ -111,8 +113,9 @@ def run(args: argparse.Namespace) -> int:
         )
     from hpcft.foresight import aging, evidence, rates, signals
 
-    with Console(stderr=True).status("reading ..."):
-        gathered = _gather(args)
+    with Console(stderr=True).status("reading ...") as status:
+        gathered = _gather(args, status.update)
+        status.update("computing ...")
         records = evidence.records(gathered.stretches)
         base = rates.estimate([record.seen for record in records], gathered.jobs)
         times = [time for record in records for time in record.times]
@@ -130,28 +133,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _gather(args: argparse.Namespace) -> _Gathered:
+def _gather(args: argparse.Namespace, tell: Callable[[str], None]) -> _Gathered:
     from hpcft.foresight.rates import Seen
 
     found: list[Stretch] = []
     sources: list[str] = []
     signs: list[Sign] = []
-    runs = [find(name) for name in args.runs] or known()
-    read = 0
-    for one in runs:
-        try:
-            own = _of_run(one, signs)
-        except (HpcftError, OSError, ValueError, LookupError, TypeError) as error:
-            if args.runs:
-                raise HpcftError(f"{one.rundir.path} cannot be read: {error}") from error
-            continue
-        read += bool(own)
-        found += own
-    asked = "named" if args.runs else "known here"
-    sources.append(f"{read} of {len(runs)} runs {asked} have something to tell")
+    found += _of_runs(args.runs, sources, signs, tell)
     found += _of_history(args, sources)
     jobs = None
     if not args.no_slurm:
+        tell("asking Slurm ...")
         own, jobs_told = _of_slurm(args.since, sources, signs)
         found += own
         if jobs_told and not own:
@@ -164,22 +156,47 @@ def _gather(args: argparse.Namespace) -> _Gathered:
     return _Gathered(found, sources, signs, jobs)
 
 
-def _of_run(run: Run, signs: list[Sign]) -> list[Stretch]:
-    from hpcft.foresight import evidence, signals
-    from hpcft.report import record
+def _of_runs(
+    names: list[str], sources: list[str], signs: list[Sign], tell: Callable[[str], None]
+) -> list[Stretch]:
+    """Of those named, or of all."""
+    found: list[Stretch] = []
+    runs = [find(name) for name in names] or known()
+    jobs = Jobs(runs)
+    read = 0
+    for number, run in enumerate(runs):
+        tell(f"reading run {number + 1} of {len(runs)} ...")
+        errand = Errand(lambda run=run: _of_run(run, jobs))  # type: ignore[misc]
+        try:
+            own, sign = errand.result(PATIENCE)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            if names:
+                raise HpcftError(f"{run.rundir.path} cannot be read: {error}") from error
+            continue
+        read += bool(own)
+        found += own
+        signs += [sign] if sign else []
+    asked = "named" if names else "known here"
+    sources.append(f"{read} of {len(runs)} runs {asked} have something to tell")
+    return found
 
-    view = see(run)
-    begun = view.begun if run.entry else None
-    status = record.Status(
-        view.name, view.state, view.ended, view.reason, view.step, begun, view.time
-    )
-    read = record.read(run.rundir.path, status)
-    told = run.rundir.status()
-    if view.state == "training" and told:
-        leader = next((e for e in run.rundir.ranks() if e.get("logical") == 0), None)
-        if leader:
-            signs.append(signals.late(str(leader["host"]), view.time - float(told["time"])))
-    return evidence.of_run(view.name, read.chapters)
+
+def _of_run(run: Run, jobs: Jobs) -> tuple[list[Stretch], Sign | None]:
+    """What it has seen, and whether it is late, if it runs."""
+    from hpcft.foresight import evidence, signals
+
+    rundir, now = run.rundir, time.time()
+    status = None if rundir.summary() else rundir.status()
+    # Where nobody can tell, a status that is not too old does.
+    alive = bool(status) and run.alive(jobs)
+    if status and alive is None:
+        alive = now - float(status["time"]) < SILENCE
+    begun = run.entry.begun if run.entry else None
+    own = evidence.of_run(run.name, rundir.path, begun, now if alive else None)
+    leader = next((e for e in rundir.ranks() if e.get("logical") == 0), None) if alive else None
+    if not status or not leader:
+        return own, None
+    return own, signals.late(str(leader["host"]), now - float(status["time"]))
 
 
 def _of_history(args: argparse.Namespace, sources: list[str]) -> list[Stretch]:

@@ -14,7 +14,7 @@ from hpcft.watch.runs import Jobs, Run
 from hpcft.watch.view import View, look
 
 #: Seconds a run's directory may take to be read.
-_PATIENCE = 5.0
+PATIENCE = 5.0
 
 RUN = """\
 RUN is a run directory (hpcft-runs/...), or a run's name as `hpcft ps --all` shows it, or the number
@@ -34,7 +34,7 @@ def see_all(runs: Sequence[Run]) -> list[View]:
     views = []
     for run, errand in zip(runs, errands, strict=True):
         try:
-            views.append(errand.result(_PATIENCE))
+            views.append(errand.result(PATIENCE))
         except (OSError, ValueError, LookupError, TypeError) as error:
             views.append(_unseen(run, error))
     return views

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpcft.foresight.rates import Seen
-from hpcft.report.record import Chapter
+from hpcft.slurm.naming import names_before
 from hpcft.slurm.records import Outage
+from hpcft.telemetry import events as log
 from hpcft.telemetry.rundir import RunDirectory
 from hpcft.telemetry.uptime import Kind, Stretch, stretches
 
@@ -48,13 +49,32 @@ class Record:
         return Seen(self.node, self.failures, self.hours)
 
 
-def of_run(name: str, chapters: Sequence[Chapter]) -> list[Stretch]:
-    """What a run has seen of its nodes."""
-    found = []
-    for chapter in chapters:
-        if chapter.begun is not None and chapter.heard is not None:
-            ranks = RunDirectory(Path(chapter.path)).ranks()
-            found += stretches(name, chapter.events, ranks, chapter.begun, chapter.heard)
+def of_run(name: str, path: Path, begun: float | None, live: float | None) -> list[Stretch]:
+    """What a run has seen of its nodes, before restarts by Slurm too.
+
+    Parameters
+    ----------
+    path: its (last) directory.
+    begun: when its launcher began; None if nobody knows. Seconds since 1970, as is ``live``.
+    live: now, if it still runs; None if it does not, or nobody can tell.
+
+    Raises
+    ------
+    OSError, ValueError, LookupError, TypeError: it cannot be read.
+    """
+    found: list[Stretch] = []
+    for place in [*(path.with_name(before) for before in names_before(path.name)), path]:
+        rundir, last = RunDirectory(place), place == path
+        failures = log.skim(rundir.events_file, "failure")
+        times = [event.time for event in failures]
+        status = rundir.status()
+        heard = [*times, *([float(status["time"])] if status else [])]
+        if last:
+            times += [] if begun is None else [begun]
+            heard += [] if live is None else [live]
+        if times and heard:
+            begin = min(times)
+            found += stretches(name, failures, rundir.ranks(), begin, max(begin, *heard))
     return found
 
 

@@ -12,6 +12,7 @@ from scipy import stats
 
 from hpcft.foresight.scenario import HOUR, Scenario
 from hpcft.foresight.simulator import COUNTS, Life, live
+from hpcft.foresight.trace import Strike
 from hpcft.report.goodput import Goodput
 
 
@@ -45,7 +46,8 @@ class Forecast:
 
     runs: how many lives.
     part: the share of the time that goes into steps that count, as ``hpcft report`` measures it.
-    work: the same, less what is lost by training on fewer nodes.
+    between: the ``part`` of 9 of 10 lives lies between these.
+    work: the same as ``part``, less what is lost by training on fewer nodes.
     worst: the ``work`` that 19 of 20 lives reach.
     goodput: where the time goes, mean.
     counts: of each of :data:`hpcft.foresight.simulator.COUNTS`, mean over the lives.
@@ -58,6 +60,7 @@ class Forecast:
     scenario: Scenario
     runs: int
     part: Mean
+    between: tuple[float, float]
     work: Mean
     worst: float
     goodput: Goodput
@@ -83,11 +86,17 @@ class Forecast:
         return found | {"goodput": goodput, "yield": self.yield_}
 
 
-def simulate(scenario: Scenario, runs: int = 32, seed: int = 0) -> Forecast:
+def simulate(
+    scenario: Scenario, runs: int = 32, seed: int = 0, trace: Sequence[Strike] | None = None
+) -> Forecast:
     """Play a campaign through ``runs`` times.
 
     The same seed gives the same lives; two scenarios with the same seed share their luck as far
     as they ask for it in the same order, which sharpens comparisons.
+
+    Parameters
+    ----------
+    trace: as of :func:`hpcft.foresight.simulator.live`.
 
     Raises
     ------
@@ -95,13 +104,15 @@ def simulate(scenario: Scenario, runs: int = 32, seed: int = 0) -> Forecast:
     """
     scenario.checked()
     seeds = np.random.SeedSequence(seed).spawn(runs)
-    lives = [live(scenario, np.random.default_rng(one)) for one in seeds]
+    lives = [live(scenario, np.random.default_rng(one), trace) for one in seeds]
     return _over(scenario, lives)
 
 
 def _over(scenario: Scenario, lives: Sequence[Life]) -> Forecast:
     whole = scenario.seconds
     works = [life.work / whole for life in lives]
+    shares = [life.goodput.part for life in lives]
+    low, high = np.quantile(shares, (0.05, 0.95))
     parts = {
         field.name: math.fsum(getattr(life.goodput, field.name) for life in lives) / len(lives)
         for field in fields(Goodput)
@@ -114,7 +125,8 @@ def _over(scenario: Scenario, lives: Sequence[Life]) -> Forecast:
     return Forecast(
         scenario,
         len(lives),
-        mean_of([life.goodput.part for life in lives]),
+        mean_of(shares),
+        (float(low), float(high)),
         work,
         float(np.quantile(works, 0.05)),
         Goodput(**parts),
@@ -139,14 +151,10 @@ def sweep(
     values: Iterable[float],
     runs: int,
     seed: int,
-    tell: Callable[[], None] = lambda: None,
+    trace: Sequence[Strike] | None = None,
 ) -> list[tuple[float, Forecast]]:
     """The forecast for each value of something."""
-    found = []
-    for value in values:
-        found.append((value, simulate(vary(value), runs, seed)))
-        tell()
-    return found
+    return [(value, simulate(vary(value), runs, seed, trace)) for value in values]
 
 
 def best(found: Sequence[tuple[float, Forecast]], by: Callable[[Forecast], float]) -> float:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hpcft.errors import UsageError
+from hpcft.telemetry.published import NODE_HOURS
 
 HOUR, DAY = 3600.0, 86400.0
 
@@ -52,7 +53,7 @@ class Hazards:
     preempted: between preemptions, or other orderly interruptions such as maintenance.
     """
 
-    node: float = DAY / 6.5e-3
+    node: float = NODE_HOURS * HOUR
     rack: float = math.inf
     job: float = math.inf
     shape: float = 1.0
@@ -98,26 +99,32 @@ class Stack:
     in_place: whether survivors go on without a restart of all ranks.
     sharded: whether a lost rank's state is on no other rank, so that all go back to a checkpoint.
     step: of the training; half of one is done again after a failure, in the mean.
+    waiting: part of the training in which ranks wait for slower ones, though none is slow.
     detect: until a failure is known.
-    adopt: agreement, a new world, the state for the spare; ``shrink`` the same without a spare.
-    relaunch: all ranks started again where they are.
+    adopt: from then on: agreement, a new world, the state for the spare.
+    shrink: the same without a spare.
+    relaunch: from then on: all ranks started again where they are. Reading is extra.
     resize: all ranks launched anew as more.
     start: of the job, at first and after each wait in the queue.
+    end: of the job, when the campaign is over: the last save, and leaving.
     short: what is done when there are more losses than spares.
     at_least: fewer nodes than that do not train; they wait in the queue. 0: half of them.
     by: nodes that a shrink takes at once, those of one replica of the model.
-    rejoin: whether repaired nodes come back into the run.
+    rejoin: whether repaired nodes come back into the run; else they lie ready until all ranks are
+        started again.
     """
 
     in_place: bool = True
     sharded: bool = False
     step: float = 5.0
+    waiting: float = 0.0
     detect: float = 0.8
     adopt: float = 0.5
     shrink: float = 0.2
     relaunch: float = 5.0
     resize: float = 5.0
     start: float = 60.0
+    end: float = 0.0
     short: Short = "shrink"
     at_least: int = 0
     by: int = 1
@@ -199,12 +206,22 @@ class Scenario:
                 "leave the tier away where nothing is to be saved",
             )
         times = [stack.step, stack.detect, stack.adopt, stack.shrink, stack.relaunch, stack.resize]
-        times += [stack.start, site.repair, site.reboot, site.queue, site.price, hazards.slow_for]
+        times += [
+            stack.start,
+            stack.end,
+            site.repair,
+            site.reboot,
+            site.queue,
+            site.price,
+            hazards.slow_for,
+        ]
         times += [time for tier in tiers for time in (tier.cost, tier.write, tier.restore)]
         if not all(math.isfinite(time) and time >= 0 for time in times):
             raise UsageError("a time or price is negative or infinite", "give it as 0 or more")
         if not 0 <= site.soft <= 1:
             raise UsageError(f"soft is {site.soft:g}, which is no part", "it is from 0 to 1")
+        if not 0 <= stack.waiting < 1:
+            raise UsageError(f"waiting is {stack.waiting:g}, which is no part", "it is less than 1")
         if hazards.slowdown < 1:
             raise UsageError(
                 f"a slow node is {hazards.slowdown:g} times as slow", "that is 1 or more"

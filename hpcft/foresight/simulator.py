@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 
 from hpcft.foresight.scenario import Scenario, Tier
+from hpcft.foresight.trace import Strike
 from hpcft.report.goodput import Goodput
 
 #: The parts of the time, as hpcft.report.goodput counts them.
@@ -46,21 +49,33 @@ class _Over(Exception):
     """The campaign's time is up."""
 
 
-def live(scenario: Scenario, rng: np.random.Generator) -> Life:
-    """Play a campaign through once."""
-    return _Life(scenario, rng).live()
+def live(
+    scenario: Scenario, rng: np.random.Generator, trace: Sequence[Strike] | None = None
+) -> Life:
+    """Play a campaign through once.
+
+    Parameters
+    ----------
+    trace: failures, in place of those drawn by the scenario's hazards.
+    """
+    return _Life(scenario, rng, trace).live()
 
 
 class _Life:
-    def __init__(self, scenario: Scenario, rng: np.random.Generator) -> None:
+    def __init__(
+        self, scenario: Scenario, rng: np.random.Generator, trace: Sequence[Strike] | None
+    ) -> None:
         self._of, self._rng = scenario, rng
+        self._trace = None if trace is None else deque(trace)
         machine = scenario.machine
         self._all = machine.nodes + machine.spares
-        self._end = scenario.seconds
+        self._end = max(0.0, scenario.seconds - scenario.stack.end)
         self._now = 0.0
-        #: Nodes that work, those of them that train, and when the others are back.
+        #: Nodes of the run that work, those of them that train, those that lie ready for when all
+        #: ranks are started again, and when the others are back.
         self._pool = self._all
         self._active = machine.nodes
+        self._ready = 0
         self._back: list[float] = []
         self._parts = dict.fromkeys(_PARTS, 0.0)
         self._counts = dict.fromkeys(COUNTS, 0)
@@ -77,7 +92,7 @@ class _Life:
         hazards = scenario.hazards
         self._rate = scenario.failure_rate
         self._scale = 1 / math.gamma(1 + 1 / hazards.shape)
-        self._slow_rate = self._all / hazards.slow
+        self._slow_rate = machine.nodes / hazards.slow
         self._failure = self._next_failure()
         self._slow = self._after(1 / self._slow_rate if self._slow_rate else math.inf)
         self._slow_until = -math.inf
@@ -101,7 +116,8 @@ class _Life:
                 self._train()
         except _Over:
             pass
-        goodput = Goodput(whole=self._end, measured=1.0, **self._parts)
+        self._parts["ending"] = self._of.seconds - self._end
+        goodput = Goodput(whole=self._of.seconds, measured=1.0, **self._parts)
         return Life(goodput, self._work, self._counts, self._short, self._least)
 
     def _after(self, mean: float) -> float:
@@ -110,6 +126,11 @@ class _Life:
         return self._now + self._rng.exponential(mean)
 
     def _next_failure(self) -> float:
+        """When something fails next, of what can fail from now on."""
+        if self._trace is not None:
+            while self._trace and self._trace[0].at <= self._now:
+                self._trace.popleft()
+            return self._trace[0].at if self._trace else math.inf
         if not self._rate:
             return math.inf
         drawn = float(self._rng.weibull(self._of.hazards.shape))
@@ -166,14 +187,17 @@ class _Life:
         self._since, self._nears = since, int(nears)
         self._now += seconds
         self._kept += done
-        share = self._active / self._of.machine.nodes
+        machine, waiting = self._of.machine, done * self._of.stack.waiting
+        share = self._active / machine.nodes
         self._work += done * share
         if files:
             self._work_since = since * share
         else:
             self._work_since += done * share
-        self._parts["steps"] += done
-        self._parts["waiting"] += done * (pace - 1)
+        # Who is slow computes while the others wait.
+        waiting += done * (pace - 1) * (1 - 1 / (self._active * machine.ranks_per_node))
+        self._parts["steps"] += done * pace - waiting
+        self._parts["waiting"] += waiting
         self._parts["saving"] += max(0.0, seconds - done * pace)
         if share < 1:
             self._short += seconds
@@ -181,6 +205,11 @@ class _Life:
     def _strike(self) -> tuple[int, bool]:
         """A failure happens now: how many nodes that train it takes, and whether all ranks."""
         hazards, machine, rng = self._of.hazards, self._of.machine, self._rng
+        if self._trace:
+            strike = self._trace.popleft()
+            # Others may strike at the very same time.
+            self._failure = self._trace[0].at if self._trace else math.inf
+            return self._struck(strike)
         self._failure = self._next_failure()
         which = rng.random() * self._rate
         alone = self._all / hazards.node
@@ -195,12 +224,26 @@ class _Life:
         self._counts["failures"] += 1
         return 0, True
 
+    def _struck(self, strike: Strike) -> tuple[int, bool]:
+        """As by :meth:`_strike`. Whoever has trained then trains now; a spare's failure strikes a
+        spare, as long as there is one."""
+        if not strike.nodes:
+            self._counts["failures"] += 1
+            return 0, True
+        among = self._pool - self._active if strike.spare else self._active
+        number = max(0, min(strike.nodes, among))
+        return self._lost(number, 0 if strike.spare else number), False
+
     def _fell(self, number: int) -> int:
         """So many nodes that work fail; returns how many of them train."""
-        rng, site = self._rng, self._of.site
         number = min(number, self._pool)
         idle = self._pool - self._active
-        hit = int(rng.hypergeometric(self._active, idle, number)) if idle > 0 else number
+        hit = int(self._rng.hypergeometric(self._active, idle, number)) if idle > 0 else number
+        return self._lost(number, hit)
+
+    def _lost(self, number: int, hit: int) -> int:
+        """So many are lost, of which ``hit`` trained."""
+        rng, site = self._rng, self._of.site
         for _ in range(number):
             time = site.reboot if rng.random() < site.soft else rng.exponential(site.repair)
             heapq.heappush(self._back, self._now + time)
@@ -213,7 +256,11 @@ class _Life:
         """Nodes that are back by now."""
         while self._back and self._back[0] <= self._now:
             heapq.heappop(self._back)
-            self._pool += 1
+            if self._of.stack.in_place and self._of.stack.rejoin:
+                self._pool += 1
+            else:
+                # Nobody has it join those that train.
+                self._ready += 1
 
     def _size(self) -> int:
         """How many nodes could train; 0 if that is too few."""
@@ -225,7 +272,6 @@ class _Life:
         """Nodes that are back come to the others, between two steps."""
         stack = self._of.stack
         if not stack.in_place or not stack.rejoin:
-            # They lie ready for the next restart.
             return
         struck = self._passes("resize", stack.resize)
         if struck:
@@ -265,6 +311,11 @@ class _Life:
         begins = cold
         for _ in range(_MOST_TRIES):
             self._collect()
+            alive = stack.in_place and not job and not cold and lost < self._active
+            if not alive or not self._size():
+                # All ranks are started again, on whatever there is.
+                alive, job = False, True
+                self._pool, self._ready = self._pool + self._ready, 0
             size = self._size()
             if not size:
                 if stack.short == "wait" and self._back:
@@ -279,7 +330,6 @@ class _Life:
             near = self._of.saves.near if memory else None
             tier = near or self._of.saves.file
             restore = tier.restore if tier and not begins else 0.0
-            alive = stack.in_place and not job and not cold and lost < self._active
             if cold:
                 doing, seconds = "starting", stack.start + restore
             elif not alive:
@@ -320,7 +370,9 @@ class _Life:
         self._since -= new
         self._work_since -= on_fewer
         self._work = max(0.0, self._work - on_fewer - on_fewer_before)
-        self._parts["steps"] -= work
+        waited = work * self._of.stack.waiting
+        self._parts["steps"] -= work - waited
+        self._parts["waiting"] -= waited
         self._parts["again"] += work
 
     def _back_to_file(self) -> None:
@@ -342,7 +394,7 @@ class _Life:
         wait = float(self._rng.exponential(self._of.site.queue)) if self._of.site.queue else 0.0
         self._short += min(wait, self._end - self._now)
         self._passes("restart", wait, safe=True)
-        self._pool, self._back = self._all, []
+        self._pool, self._ready, self._back = self._all, 0, []
         self._failure = self._next_failure()
         self._preemption = self._after(self._of.hazards.preempted)
         self._limit = self._now + self._of.site.limit

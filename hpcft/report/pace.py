@@ -6,12 +6,12 @@ import bisect
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hpcft.report.spans import Launch, Span
 from hpcft.telemetry.beginnings import beginnings
-from hpcft.telemetry.events import Event
+from hpcft.telemetry.events import ANEW, Event
 from hpcft.telemetry.laps import Lap, quantile
 
 #: Training is looked at in about so many windows.
@@ -114,11 +114,19 @@ class Laps:
     readings: list[Reading] = field(default_factory=list)
 
 
-def windows(spans: Sequence[Span], chapters: Sequence[Sequence[Event]]) -> list[Window]:
-    """Cut training into windows of about the same length."""
+def windows(
+    spans: Sequence[Span], chapters: Sequence[Sequence[Event]], idle: Collection[int] = ()
+) -> list[Window]:
+    """Cut training into windows of about the same length.
+
+    Parameters
+    ----------
+    idle: launches that have made no step. They may have ended before they restored anything, and
+        so it is not known from where they would have gone on.
+    """
     training = [span for span in spans if span.doing == "training"]
     length = sum(span.seconds for span in training) / _WINDOWS
-    returns = _returns(chapters)
+    returns = _returns(chapters, idle)
     made = []
     for span in training:
         # What it went back to later, at the furthest.
@@ -129,18 +137,26 @@ def windows(spans: Sequence[Span], chapters: Sequence[Sequence[Event]]) -> list[
     return made
 
 
-def _returns(chapters: Sequence[Sequence[Event]]) -> list[tuple[float, int]]:
+def _returns(chapters: Sequence[Sequence[Event]], idle: Collection[int]) -> list[tuple[float, int]]:
     """When the ranks went on from somewhere, and from which step."""
     found: list[tuple[float, int]] = []
+    launch = 0
     for number, events in enumerate(chapters):
         for one in beginnings(events):
+            if one.starts and launch + _anew(events[: one.number]) in idle:
+                continue
             # Else it has ended before it was known from where it was to go on.
             if one.starts or one.step or one.event.detail.get("lost_steps") == 0:
                 found.append((one.event.time, one.step))
+        launch += 1 + _anew(events)
         if number == 0 and found:
             # Before the first start there was nothing to lose.
             found[0] = (-math.inf, found[0][1])
     return found
+
+
+def _anew(events: Sequence[Event]) -> int:
+    return sum(event.kind in ANEW for event in events)
 
 
 def sum_up(

@@ -106,11 +106,11 @@ def of_record(record: Record) -> Story:
     chapters = record.chapters
     all_launches = launches(chapters)
     rough = cut(chapters)
-    laps = sum_up(
-        _processes(record),
-        all_launches,
-        windows(rough, [chapter.events for chapter in chapters]),
-    )
+    events = [chapter.events for chapter in chapters]
+    laps = sum_up(_processes(record), all_launches, windows(rough, events))
+    idle = set(range(len(all_launches))) - laps.trained.keys()
+    if idle and laps.trained:
+        laps = sum_up(_processes(record), all_launches, windows(rough, events, idle))
     spans = trim(rough, all_launches, laps.trained)
     slow = stragglers(laps.paces)
     hosts = _hosts(record)

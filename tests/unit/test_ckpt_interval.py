@@ -28,6 +28,12 @@ def test_the_optimum_is_what_daly_has_and_young_where_a_save_costs_little() -> N
     assert interval.optimum(500, 200) == 200
 
 
+@pytest.mark.parametrize(("mtbf", "minutes"), [(24 * 60, 117), (6 * 60, 57), (15, 9.1)])
+def test_the_optimum_is_what_dalys_figures_have(mtbf: float, minutes: float) -> None:
+    """The captions of figures 3, 4 and 5 of Daly 2006, for a dump of 5 minutes."""
+    assert math.isclose(interval.optimum(5, mtbf), minutes, rel_tol=6e-3)
+
+
 @given(costs, mtbfs)
 def test_nothing_near_the_optimum_is_better(cost: float, mtbf: float) -> None:
     def lost(work: float) -> float:
@@ -70,7 +76,7 @@ def test_the_rate_goes_by_what_has_been_seen(failures: int, seen: float, nearer:
     assert rate > interval.rate(failures, seen, nearer + 1)
     # After a thousand node-days in which one has failed in ten, little is left of the prior.
     assert math.isclose(interval.rate(100, 1000 * 24 * HOUR, 0) * 24 * HOUR, 0.1, rel_tol=0.01)
-    assert interval.rate(0, 0, 0) == interval.PRIOR_RATE
+    assert math.isclose(interval.rate(0, 0, 0), interval.PRIOR_RATE)
 
 
 def test_a_little_more_or_less_changes_nothing() -> None:

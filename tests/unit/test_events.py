@@ -6,7 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from hpcft.telemetry import events as log
 from hpcft.telemetry.beginnings import size_at
 from hpcft.telemetry.events import Echo, Event, line
 from hpcft.telemetry.rundir import RunDirectory
@@ -64,3 +67,20 @@ def test_what_is_added_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
     RunDirectory(tmp_path).append(added)
     assert capsys.readouterr().err == ""
     assert RunDirectory(tmp_path).events() == added + added
+
+
+_KINDS = st.lists(
+    st.sampled_from(("start", "checkpoint", "failure", "finish")), min_size=1, max_size=8
+)
+
+
+@given(_KINDS, st.integers(0, 60))
+def test_a_skimmed_log_has_its_ends_and_one_kind(
+    tmp_path_factory: pytest.TempPathFactory, kinds: list[str], torn: int
+) -> None:
+    path = tmp_path_factory.mktemp("log") / "events.jsonl"
+    log.append(path, [Event(kind, n, (n,), time=float(n)) for n, kind in enumerate(kinds)])
+    path.write_bytes(path.read_bytes()[: -torn or None])
+    whole = list(log.read(path))
+    expected = [e for e in whole if e.kind == "failure" or e in (whole[0], whole[-1])]
+    assert log.skim(path, "failure") == expected

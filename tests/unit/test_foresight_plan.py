@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from hpcft.ckpt import interval as intervals
 from hpcft.cli import main
 from hpcft.cli.quantities import seconds, values
 from hpcft.errors import UsageError
 from hpcft.foresight.campaigns import CAMPAIGNS, judge
 from hpcft.foresight.forecast import best, simulate, sweep, with_interval
-from hpcft.foresight.optimum import daly, daly_goodput, young
+from hpcft.foresight.optimum import daly_goodput, young
 from hpcft.foresight.scenario import (
     DAY,
     HOUR,
@@ -32,6 +33,8 @@ from hpcft.foresight.scenario import (
     Tier,
 )
 from hpcft.foresight.simulator import live
+from hpcft.foresight.trace import Strike, strikes
+from hpcft.report.record import Chapter
 from hpcft.telemetry.events import Event, Times, failure
 from hpcft.telemetry.rundir import RunDirectory
 
@@ -79,12 +82,11 @@ def test_a_shortage_of_spares_is_as_the_binomial_of_independent_machines() -> No
 
 def test_the_best_interval_is_about_dalys() -> None:
     scenario = _restarting(600, 60, 4 * HOUR)
-    optimum = daly(60, 4 * HOUR)
+    optimum = intervals.optimum(60, 4 * HOUR)
     grid = [optimum * factor for factor in (0.25, 0.5, 1.0, 2.0, 4.0)]
     rows = sweep(lambda interval: with_interval(scenario, interval), grid, 16, 0)
     assert best(rows, lambda found: found.work.mean) == optimum
     assert optimum < young(60, 4 * HOUR)
-    assert daly(60, 20.0) == 20.0
 
 
 def test_more_spares_and_a_nearer_tier_help() -> None:
@@ -120,7 +122,59 @@ def test_a_hundred_thousand_ranks_cost_as_much_as_their_failures() -> None:
     assert lives[0] == replace(lives[1], least=12_500)
 
 
+def test_given_failures_are_played_through_to_the_second() -> None:
+    """One that starts all ranks again, 27 s after the first step; a file is there every 10.5 s."""
+    scenario = Scenario(
+        Machine(3),
+        100,
+        Hazards(),
+        Saves(Tier(10, 0.5)),
+        Stack(detect=0.1, relaunch=1.9, start=5, end=4, at_least=3, rejoin=False),
+        Site(soft=1, reboot=0),
+    )
+    life = live(scenario, np.random.default_rng(0), [Strike(32, 1)])
+    parts = {name: part for name, part in life.goodput.parts.items() if part}
+    # 21 s with two files, 6 s lost; then 62 s: five files, and 9.5 s.
+    assert parts == pytest.approx(
+        {"starting": 5, "steps": 79.5, "again": 6, "saving": 3.5, "relaunch": 2, "ending": 4}
+    )
+    assert (life.counts["failures"], life.counts["relaunched"]) == (1, 1)
+
+
+def test_who_is_back_outside_of_the_run_is_no_spare() -> None:
+    scenario = Scenario(
+        Machine(3, 1),
+        100,
+        Hazards(),
+        Saves(None, None),
+        Stack(rejoin=False),
+        Site(soft=1, reboot=0),
+    )
+    trace = [Strike(70, 1), Strike(75, 1), Strike(80, 1, spare=True), Strike(85, 0)]
+    life = live(scenario, np.random.default_rng(0), trace)
+    counts = {name: count for name, count in life.counts.items() if count}
+    # The spare is gone by then; all that have failed are there again for the relaunch.
+    assert counts == {"failures": 3, "adopted": 1, "shrunk": 1, "relaunched": 1}
+    assert life.least == 2
+    later = live(scenario, np.random.default_rng(0), [*trace, Strike(95, 1, spare=True)])
+    assert later.counts["spare_failures"] == 1
+
+
+def test_a_slow_node_has_the_others_wait() -> None:
+    hazards = Hazards(node=math.inf, slow=1.0, slowdown=3, slow_for=1e9)
+    scenario = Scenario(Machine(4, ranks_per_node=1), 1e4, hazards, Saves(None, None))
+    parts = live(scenario, np.random.default_rng(0)).goodput
+    # Of 3 s the slow one computes all, and the others wait for 2.
+    assert parts.waiting / (parts.steps + parts.waiting) == pytest.approx(2 / 3 * 3 / 4, abs=1e-3)
+
+
 _TIMES = st.floats(0, 1e5)
+_STRIKES = st.one_of(
+    st.none(),
+    st.lists(
+        st.builds(Strike, st.floats(0, 4 * DAY), st.integers(0, 5), st.booleans()), max_size=20
+    ).map(lambda strikes: sorted(strikes, key=lambda strike: strike.at)),
+)
 _RATES = st.one_of(st.just(math.inf), st.floats(2e3, 1e7))
 _TIERS = st.one_of(st.none(), st.builds(Tier, st.floats(1, 1e5), _TIMES, _TIMES, _TIMES))
 
@@ -144,6 +198,8 @@ _TIERS = st.one_of(st.none(), st.builds(Tier, st.floats(1, 1e5), _TIMES, _TIMES,
         Stack,
         st.booleans(),
         st.booleans(),
+        _TIMES,
+        st.floats(0, 0.9),
         *[_TIMES] * 7,
         st.sampled_from(("shrink", "wait", "requeue")),
         st.just(0),
@@ -151,26 +207,33 @@ _TIERS = st.one_of(st.none(), st.builds(Tier, st.floats(1, 1e5), _TIMES, _TIMES,
         st.booleans(),
     ),
     st.builds(Site, _TIMES, st.floats(0, 1), _TIMES, _TIMES, _RATES, st.just(1.0)),
+    _STRIKES,
     st.integers(0, 99),
 )
 def test_the_parts_of_any_life_sum_up_to_it(
-    machine: Machine, hazards: Hazards, saves: Saves, stack: Stack, site: Site, seed: int
+    machine: Machine,
+    hazards: Hazards,
+    saves: Saves,
+    stack: Stack,
+    site: Site,
+    trace: list[Strike] | None,
+    seed: int,
 ) -> None:
     scenario = Scenario(machine, 3 * DAY, hazards, saves, stack, site).checked()
-    life = live(scenario, np.random.default_rng(seed))
+    life = live(scenario, np.random.default_rng(seed), trace)
     assert math.fsum(life.goodput.parts.values()) == pytest.approx(scenario.seconds)
     assert all(part >= -1e-6 for part in life.goodput.parts.values())
-    assert -1e-6 <= life.work <= life.goodput.steps + 1e-6
+    # Waiting for slower ranks is a part of the work.
+    assert -1e-6 <= life.work <= life.goodput.steps + life.goodput.waiting + 1e-6
     assert 1 <= life.least <= machine.nodes
-    again = live(scenario, np.random.default_rng(seed))
+    again = live(scenario, np.random.default_rng(seed), trace)
     assert again == life
 
 
 def test_published_campaigns_are_met_as_far_as_docs_say() -> None:
     apart = {one.name: abs(judge(one, runs=8).difference) for one in CAMPAIGNS}
-    assert len(apart) == 5
-    assert sum(points < 0.02 for points in apart.values()) >= 3
-    assert max(apart.values()) < 0.035
+    assert len(apart) == 8
+    assert max(apart.values()) < 0.02
 
 
 @pytest.mark.parametrize(
@@ -277,13 +340,57 @@ def test_times_come_from_a_run(
     scenario = json.loads(capsys.readouterr().out)["scenario"]
     assert scenario["machine"] == {"nodes": 2, "spares": 1, "ranks_per_node": 1, "rack": 16}
     assert scenario["stack"]["detect"] == 0.5
-    assert scenario["stack"]["adopt"] == 0.25
+    # From when the failure is known until the ranks go on.
+    assert scenario["stack"]["adopt"] == 0.5
     assert scenario["stack"]["step"] == pytest.approx(1.0, abs=0.01)
     assert scenario["saves"]["file"]["write"] == 3.0
     said = ["plan", "--from", str(tmp_path / "run"), "--nodes", "9", "--detect", "2s", "--json"]
     assert main.main([*said, "--runs", "2"]) == 0
     scenario = json.loads(capsys.readouterr().out)["scenario"]
     assert (scenario["machine"]["nodes"], scenario["stack"]["detect"]) == (9, 2.0)
+
+
+def test_a_runs_failures_are_played_through_under_another_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    _measured_run(tmp_path / "run")
+    asked = ["plan", "--trace", str(tmp_path / "run"), "--start", "1s", "--runs", "2"]
+    assert main.main([*asked, "--json", "--sweep", "spares=0,1"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["trace"] == [{"at": 60.0, "nodes": 1, "spare": False}]
+    assert said["goodput"]["whole"] == pytest.approx(201.0)
+    assert said["scenario"]["hazards"]["node"] is None
+    counts = [one["counts"] for one in said["sweep"]["forecasts"]]
+    assert [(one["adopted"], one["shrunk"]) for one in counts] == [(0, 1), (1, 0)]
+    assert main.main(asked) == 0
+    assert "the failures           1 of the run" in capsys.readouterr().out
+
+
+def test_processes_that_fail_together_are_a_node() -> None:
+    def lost(time: float, epoch: int, logical: int | None, host: str) -> Event:
+        return failure(1, epoch, logical, 0, host, "", Times(time, time))
+
+    events = (
+        Event("start", 0, time=100.0),
+        *(lost(110.0 + n / 10, 1, n, "a") for n in range(4)),
+        Event("resume", 1, epoch=1, time=111.0),
+        lost(120.0, 2, 0, "b"),
+        lost(120.1, 2, None, "c"),
+        Event("relaunch", 1, time=121.0),
+        lost(125.0, 1, 0, "a"),
+        Event("resume", 1, epoch=1, time=126.0),
+        Event("relaunch", 1, time=130.0),
+    )
+    found = strikes([Chapter(Path(), 90.0, 140.0, events)], 4)
+    assert found == (
+        Strike(20, 1),
+        Strike(30, 1),
+        Strike(pytest.approx(30.1), 1, spare=True),
+        Strike(35, 1),
+        Strike(40, 0),
+    )
+    assert next(one.nodes for one in strikes([Chapter(Path(), 90.0, 140.0, events)], 1)) == 4
 
 
 def test_a_run_that_never_trained_has_no_times(

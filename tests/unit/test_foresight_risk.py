@@ -15,7 +15,7 @@ from scipy import stats
 
 from hpcft.cli import main
 from hpcft.foresight import aging, signals
-from hpcft.foresight.evidence import of_slurm, records
+from hpcft.foresight.evidence import of_run, of_slurm, records
 from hpcft.foresight.rates import PRIOR_FAILURES, PRIOR_HOURS, Seen, estimate
 from hpcft.launch import history
 from hpcft.slurm import records as slurm
@@ -219,6 +219,22 @@ def _run(path: Path) -> RunDirectory:
     end = Event("finish", 9, time=9000.0)
     rundir.append([start, _failure(5000.0, "n2", "killed by SIGBUS"), end])
     return rundir
+
+
+def test_restarts_by_slurm_and_a_run_that_goes_on_count(tmp_path: Path) -> None:
+    for name, begin in (("17.0", 1000.0), ("17.0-r1", 6000.0)):
+        rundir = RunDirectory(tmp_path / name)
+        rundir.create(1, "x")
+        rundir.write_ranks({"epoch": 0, "ranks": [_entry(0, "n1")]})
+        start = Event("start", 0, time=begin, detail={"active": 1, "spares": 0})
+        saved = [Event("checkpoint", n, time=begin + n) for n in range(100)]
+        rundir.append([start, *saved, _failure(begin + 2000, "n1", "killed by SIGBUS")])
+    path = tmp_path / "17.0-r1"
+    ended = [(one.begin, one.end, one.failed) for one in of_run("17.0-r1", path, 5900.0, None)]
+    assert ended == [(1000, 3000, True), (5900, 8000, True)]
+    goes_on = of_run("17.0-r1", path, 5900.0, 9000.0)
+    assert [one.end for one in goes_on] == [3000, 8000, 9000]
+    assert of_run("nowhere", tmp_path / "nowhere", None, None) == []
 
 
 def test_a_run_adds_itself_to_the_history(

@@ -221,6 +221,28 @@ def test_a_relaunch_that_goes_on_from_nowhere_loses_all(tmp_path: Path) -> None:
     assert parts.steps == pytest.approx(10)
 
 
+def test_a_relaunch_that_is_ended_before_it_has_restored_loses_nothing(tmp_path: Path) -> None:
+    """Nor does one that fails on the way, and is made again."""
+    begun = [
+        start(0, 1),
+        failure(10, 100, 0, 0, 1),
+        event("relaunch", 10, 100, reason="all ranks failed"),
+        start(11, 1),
+        failure(12, 100, 0, 0, 1),
+        event("relaunch", 12, 100, reason="all ranks failed"),
+        start(13, 1),
+    ]
+    ended = [*begun, event("failed", 14, 100, reason="a wish to end")]
+    parts = told(leave(tmp_path / "ended", ended, steps(0, 1, 100, 0))).goodput
+    check(parts)
+    assert parts.again == 0
+    gone_on = [*begun, event("restore", 13.5, 80, path="ck/80"), event("finish", 24, 180)]
+    laps = [*steps(0, 1, 100, 0), *steps(0, 81, 180, 14)]
+    parts = told(leave(tmp_path / "gone on", gone_on, laps)).goodput
+    check(parts)
+    assert parts.again == pytest.approx(2, abs=0.2)
+
+
 def test_the_failure_of_a_spare_costs_nothing(tmp_path: Path) -> None:
     path = leave(
         tmp_path / "run",

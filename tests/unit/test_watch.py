@@ -129,7 +129,7 @@ def test_what_is_no_run_is_said(
 def test_a_file_system_that_does_not_answer_keeps_nobody_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli_runs, "_PATIENCE", 0.2)
+    monkeypatch.setattr(cli_runs, "PATIENCE", 0.2)
     registered(tmp_path / "well", os.getpid())
     hung = registered(tmp_path / "hung", os.getpid())
     os.mkfifo(hung.rundir.status_file)  # who opens it waits for a writer
