@@ -60,11 +60,16 @@ class Courier:
     ----------
     rank: the shepherd's.
     stores: this node's part of each tier.
+
+    Attributes
+    ----------
+    refused: why nothing is taken in at present; empty if it is.
     """
 
     def __init__(self, rank: int, stores: Sequence[NearStore]) -> None:
         self._rank = rank
         self._stores = stores
+        self.refused = ""
         self._server: asyncio.Server | None = None
         self._secret = b""
         #: By tier and checkpoint.
@@ -158,6 +163,8 @@ class Courier:
             await connection.close()
 
     async def _take(self, connection: Connection, message: Message) -> None:
+        if self.refused:
+            raise OSError(self.refused)
         store, checkpoint = self._stores[message["tier"]], message["checkpoint"]
         if "members" in message:
             await self._take_parity(connection, store, message)
