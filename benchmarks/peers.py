@@ -38,9 +38,15 @@ class Run:
     ----------
     launcher: the command that starts ``workload.py``, up to the script.
     arguments: the workload's.
+    enter: called in the new process before the command begins.
     """
 
-    def __init__(self, launcher: list[str], arguments: list[str]) -> None:
+    def __init__(
+        self,
+        launcher: list[str],
+        arguments: list[str],
+        enter: Callable[[], None] | None = None,
+    ) -> None:
         # In memory, for the peer's checkpoint is to be as quick as can be.
         self.path = Path(tempfile.mkdtemp(prefix="hpcft-benchmark-", dir="/dev/shm"))
         self._stamps = self.path / "stamps"
@@ -51,6 +57,7 @@ class Run:
             command,
             stdout=self._log,
             stderr=subprocess.STDOUT,
+            preexec_fn=enter,
             env={
                 **os.environ,
                 "OMP_NUM_THREADS": "1",
@@ -90,6 +97,14 @@ class Run:
             time.sleep(0.01)
         return found
 
+    def stages(self) -> list[tuple[int, str, float]]:
+        """What each process has come to, and when: number, stage, seconds since 1970."""
+        with contextlib.suppress(FileNotFoundError):
+            lines = (self.path / "stages").read_text().splitlines()
+            fields = [line.split() for line in lines]
+            return [(int(f[0]), f[1], float(f[2])) for f in fields if len(f) == 3]
+        return []
+
     def more_steps(self, count: int) -> None:
         """Wait for so many more steps."""
         there = len(self.stamps())
@@ -99,10 +114,17 @@ class Run:
 class HpcftRun(Run):
     """The workload under hpcft; ``nproc`` may be something like ``3:4``."""
 
-    def __init__(self, nproc: int | str, spares: int, arguments: list[str], *options: str) -> None:
+    def __init__(
+        self,
+        nproc: int | str,
+        spares: int,
+        arguments: list[str],
+        *options: str,
+        enter: Callable[[], None] | None = None,
+    ) -> None:
         launcher = [sys.executable, "-m", "hpcft.run", "--run-dir", "{path}/run", "--no-digest"]
         launcher += ["--nproc", str(nproc), "--spares", str(spares), *options]
-        super().__init__(launcher, arguments)
+        super().__init__(launcher, arguments, enter)
 
     def ranks(self) -> list[dict[str, Any]]:
         """The active ranks' entries."""
@@ -122,7 +144,8 @@ class TorchrunRun(Run):
     def __init__(self, nproc: int, arguments: list[str]) -> None:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         launcher += ["--nproc-per-node", str(nproc), "--max-restarts", "1000"]
-        launcher += ["--monitor-interval", "0.1"]
+        # A machine need not know its own name.
+        launcher += ["--monitor-interval", "0.1", "--local-addr", "127.0.0.1"]
         super().__init__(launcher, ["--checkpoint", "{path}/checkpoint", *arguments])
 
     def workers(self) -> list[int]:
@@ -144,6 +167,13 @@ def _command(pid: int) -> bytes:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     return b""
+
+
+def born(pid: int) -> float:
+    """When a process was made; seconds since 1970, to a hundredth."""
+    ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age
 
 
 def machine() -> str:

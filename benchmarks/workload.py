@@ -3,7 +3,8 @@
 Under ``python -m hpcft.run`` it is a job of hpcft's. Started by torchrun it is an ordinary script:
 gloo, and a checkpoint by rank 0 every ``--save-every`` steps, from which a restarted one goes on.
 Rank 0 notes the end of every step in the file ``--stamps``: step, time, process number. With
-``--everybody`` all ranks do.
+``--everybody`` all ranks do. With ``--stages`` each process notes in another file when it has come
+to which stage of its start: number, stage, time.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from peers import born
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,13 +31,33 @@ def network(parameters: int) -> nn.Module:
     return nn.Sequential(*layers)
 
 
+def dataset(file: str) -> Tensor:
+    """What is in the file, as a training wants it: in floating point, each example normalised."""
+    examples = torch.from_numpy(np.load(file)).float()
+    return (examples - examples.mean(1, keepdim=True)) / examples.std(1, keepdim=True)
+
+
+def stage(name: str, at: float | None = None) -> None:
+    """Note that this process has come so far, if there is a file to note it in."""
+    if STAGES:
+        with open(STAGES, "a") as file:
+            file.write(f"{os.getpid()} {name} {at or time.time():.6f}\n")
+
+
+#: The file.
+STAGES = ""
+
+
 class Workload:
     """Model, optimizer and one training step."""
 
-    def __init__(self, parameters: int, batch: int) -> None:
+    def __init__(self, parameters: int, batch: int, data: str = "") -> None:
+        self._data = dataset(data) if data else None
+        stage("dataset")
         torch.manual_seed(0)
         self.model = DistributedDataParallel(network(parameters), gradient_as_bucket_view=True)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4, fused=True)
+        stage("model")
         width = self.model.module[0].in_features
         self._inputs = torch.randn(batch, width)
 
@@ -64,11 +87,13 @@ def under_hpcft(args: argparse.Namespace) -> None:
     import hpcft
 
     job = hpcft.init()
-    workload = Workload(args.params, args.batch)
+    workload = Workload(args.params, args.batch, args.data)
     state = hpcft.State(model=workload.model, optimizer=workload.optimizer)
     stamps = Stamps(args.stamps)
 
     def train(state: hpcft.State) -> None:
+        if not job.spare:
+            stage("parameters")
         while state.step < args.steps:
             time.sleep(args.pace)
             workload.step()
@@ -86,7 +111,8 @@ def under_hpcft(args: argparse.Namespace) -> None:
 
 def under_torchrun(args: argparse.Namespace) -> None:
     dist.init_process_group("gloo")
-    workload = Workload(args.params, args.batch)
+    stage("communicator")
+    workload = Workload(args.params, args.batch, args.data)
     stamps = Stamps(args.stamps)
     step = 0
     checkpoint = Path(args.checkpoint)
@@ -95,7 +121,9 @@ def under_torchrun(args: argparse.Namespace) -> None:
         workload.model.module.load_state_dict(saved["model"])
         workload.optimizer.load_state_dict(saved["optimizer"])
         step = saved["step"]
+    stage("parameters")
     while step < args.steps:
+        time.sleep(args.pace)
         workload.step()
         step += 1
         if dist.get_rank() == 0:
@@ -124,8 +152,17 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=0)
     parser.add_argument("--checkpoint", default="")
     parser.add_argument("--evaluate", default="", help="make this file, and evaluate for ever")
+    parser.add_argument("--data", default="", help="a file of examples to hold")
+    parser.add_argument("--stages", default="", help="note the stages of the start in this file")
     parser.add_argument("--dataset", action="store_true", help="load one before all else")
     args = parser.parse_args()
+    global STAGES
+    STAGES = args.stages
+    if STAGES:
+        # What the first optimizer would import.
+        importlib.import_module("torch._dynamo")
+    stage("process", born(os.getpid()))
+    stage("libraries")
     torch.set_num_threads(1)
     if args.dataset:
         importlib.import_module("dataset")

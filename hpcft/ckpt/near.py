@@ -266,6 +266,14 @@ class NearStore:
         for old in older[:-_KEPT_AT_MOST]:
             shutil.rmtree(self.path / old, ignore_errors=True)
 
+    def clear_others(self) -> bool:
+        """Remove what this node keeps of others', who have it as well; whether there was some."""
+        kept = [self.path / name / _COPIES for name in self._names()]
+        there = [folder for folder in kept if folder.is_dir()]
+        for folder in there:
+            shutil.rmtree(folder, ignore_errors=True)
+        return bool(there)
+
     def _surplus(self, newest: Path) -> list[Path]:
         older = [name for name in self._names() if name < newest.name]
         return [self.path / name for name in older if name not in self.kept]

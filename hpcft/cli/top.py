@@ -36,7 +36,8 @@ became of it, and every rank.
 {RUN}
 What a rank does (computing, waiting for others, recovering, parked, stopped) is seen of those on
 this host; nobody is disturbed by it. A rank is slow that computes lastingly longer than the others;
-who waits for it is not.
+who waits for it is not. A spare is cold that has given its memory back where that was short, and
+has to run its script before it can train.
 """
 
 #: Failures shown, and lines that are not ranks.
@@ -144,4 +145,5 @@ def _unusual(rank: Rank) -> bool:
 
 def _state(rank: Rank) -> str:
     slow = "" if rank.slow is None else f"slow, {rank.slow:.2g} times as long as others"
-    return "; ".join(part for part in (rank.state, slow) if part)
+    cold = "cold, for memory is short" if rank.cold else ""
+    return "; ".join(part for part in (rank.state, cold, slow) if part)

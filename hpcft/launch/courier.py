@@ -67,12 +67,14 @@ class Courier:
     Attributes
     ----------
     gathered: where on this node what a spare is to drain comes to lie, once it listens.
+    refused: why nothing is taken in at present; empty if it is.
     """
 
     def __init__(self, rank: int, stores: Sequence[NearStore]) -> None:
         self._rank = rank
         self._stores = stores
         self.gathered: NearStore | None = None
+        self.refused = ""
         self._server: asyncio.Server | None = None
         self._secret = b""
         #: By tier and checkpoint.
@@ -204,6 +206,8 @@ class Courier:
             await connection.close()
 
     async def _take(self, connection: Connection, message: Message) -> None:
+        if self.refused:
+            raise OSError(self.refused)
         store, checkpoint = self._stores[message["tier"]], message["checkpoint"]
         if "members" in message:
             await self._take_parity(connection, store, message)

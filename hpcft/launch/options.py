@@ -78,6 +78,7 @@ class RunOptions:
     on_failure: tuple[str, ...]
     mode: Mode
     spares_do: tuple[Duty, ...]
+    spares_memory: str
     replace_stragglers: bool
     balance: bool
     run_dir: Path
@@ -155,6 +156,16 @@ def _parser() -> argparse.ArgumentParser:
         "copies of --ckpt-near, so that the memory of those that train is not used for them. "
         "drain: one of them writes the checkpoints of --ckpt-every to --ckpt-dir, from what "
         "--ckpt-near has saved, so that the ranks that train need not (default: they only wait)",
+    )
+    add(
+        "--spares-memory",
+        choices=("auto", "always"),
+        default="auto",
+        help="what becomes of spares where memory is short. auto: before it is used up there, and "
+        "the kernel kills a rank, spares let go of the model and the data, and run their script "
+        "again when there is memory, or when they are needed (a recovery then takes as long as "
+        "that); copies of other nodes' checkpoints are given up after that. always: they keep it "
+        "all, whatever happens; docs/spares.md tells more (default auto)",
     )
     add(
         "--min-ranks",
@@ -480,6 +491,7 @@ def parse(argv: list[str]) -> RunOptions:
         on_failure=ways,
         mode=mode,
         spares_do=_spares_do(given),
+        spares_memory=given.spares_memory,
         replace_stragglers=_replace_stragglers(given, ways, mode),
         balance=_balance(given, mode),
         run_dir=run_dir,

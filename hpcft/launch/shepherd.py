@@ -60,6 +60,7 @@ from hpcft.launch.scheduler import Scheduler, retire_drained
 from hpcft.launch.siblings import Siblings
 from hpcft.launch.signals import ENDS, WARNINGS, Meaning, Signals
 from hpcft.launch.stragglers import Stragglers
+from hpcft.launch.thrift import Thrift
 from hpcft.launch.upload import Upload
 from hpcft.launch.vigil import Vigil
 from hpcft.launch.warm import Warm
@@ -162,6 +163,7 @@ class Shepherd:
         #: Whether the script has come to its training; whether it has something to evaluate with,
         #: and that is wanted.
         self._set_up = self._evaluates = False
+        self._thrift: Thrift | None = None
         self._over = asyncio.Event()
         #: What lasts no longer than the launch.
         self._tasks: list[asyncio.Future[None]] = []
@@ -477,7 +479,7 @@ class Shepherd:
             self._child.hold,
             self._fence,
         )
-        crew, progress = self._crew, self._progress
+        options, crew, progress = self._options, self._crew, self._progress
         self._departures = Departures(fleet, crew, self._link.tell)
         self._cohorts = Cohorts(self._options.mode.backup, fleet.proclaim)
         least = self._options.min_ranks
@@ -507,6 +509,20 @@ class Shepherd:
         self._tasks.append(asyncio.ensure_future(self._exporter.keep(lambda: fleet.speaks)))
         if self._place.rank == 0:
             self._doorkeeper = Doorkeeper(self._rundir, self._door(peers, message["secret"]))
+        if options.spares_memory == "auto" and (self._place.size > len(crew.active) or self._near):
+            self._thrift = Thrift(
+                fleet,
+                crew,
+                self._child,
+                self._link.tell,
+                self._kill_hung,
+                self._near,
+                self._courier,
+                self._use_spare,
+                self._chronicle,
+                coolable=options.mode.name != "async",
+            )
+            self._tasks.append(asyncio.ensure_future(self._thrift.keep()))
         self._link.tell({"kind": "ready"})
         # Somebody may have asked while others were still connecting.
         self._departures.renew()
@@ -547,6 +563,13 @@ class Shepherd:
         self._departures.renew()
         self._resizing.consider()
         self._stragglers.renew()
+        if self._thrift:
+            self._thrift.renew()
+
+    async def _rank_warmth(self, message: Message) -> None:
+        """The rank, a spare, holds no more than it has to; or has run its script."""
+        if self._thrift:
+            self._thrift.heard(message["bare"])
 
     async def _rank_lap(self, message: Message) -> None:
         """The rank says how its last steps have taken it."""
@@ -592,6 +615,9 @@ class Shepherd:
     def _use_spare(self) -> None:
         """Have the rank's processor do something useful, if the rank is a spare."""
         if self._over.is_set() or self._agreed or not self._set_up:
+            return
+        if self._thrift is not None and self._thrift.short:
+            self._free_spare()
             return
         environ, options = self._relay.environ, self._rank_options()
         if self._evaluates and self._place.rank not in self._crew.active:

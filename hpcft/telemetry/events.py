@@ -28,6 +28,8 @@ class Event:
         ``straggler`` (a process is lastingly slower than the others, with the evidence),
         ``straggler over``, ``replaced`` (it has changed places with a spare),
         ``shares`` (the batch is shared out anew, by speed),
+        ``spare cooled`` (memory is short, and a spare holds no more than it has to), ``spare
+        warmed``, ``copies given up`` (for the same reason, those of other nodes' checkpoints),
         ``failed`` or ``interrupted`` (asked to end, all have saved and left), ``requeue`` (whether
         Slurm starts the job again, and why not); of checkpoints ``checkpoint`` (one is committed),
         ``save failed``, ``save skipped``, ``restore``, ``damaged`` (one could not be restored),
@@ -98,6 +100,19 @@ def slow_now(events: Sequence[Event]) -> dict[int, Event]:
         elif event.kind in ("straggler over", "failure"):
             slow.pop(event.detail["world"], None)
     return slow
+
+
+def cold_now(events: Sequence[Event]) -> set[int]:
+    """Which spares hold no more than they have to at the end of these events, by world rank."""
+    cold: set[int] = set()
+    for event in events:
+        if event.kind in ("start", "relaunch", "resize"):
+            cold = set()
+        elif event.kind == "spare cooled":
+            cold.add(event.detail["world"])
+        elif event.kind in ("spare warmed", "adoption", "failure"):
+            cold.discard(event.detail["world"])
+    return cold
 
 
 @dataclass(frozen=True)

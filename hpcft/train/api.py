@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hpcft.train import afresh
+from hpcft.train import afresh, cooled
 from hpcft.train.dealing import OnShrink
 from hpcft.train.evaluation import Evaluation
 from hpcft.train.job import Job
@@ -50,4 +50,10 @@ def _reset() -> None:
     assert isinstance(_job, Job)
     job, _job = _job, None
     job.leave()
+    bare = job.bare
+    # It holds what the script had made.
+    del job
     afresh.forget()
+    if bare:
+        assert _lasting is not None
+        cooled.stand_by(_lasting)

@@ -23,9 +23,14 @@ _LAST_WORDS = 1.0
 
 
 class Healer:
-    """Has this process come to a new membership."""
+    """Has this process come to a new membership.
 
-    def __init__(self, lasting: Lasting, group: WorldProcessGroup) -> None:
+    Parameters
+    ----------
+    group: of the script; None where there is no script.
+    """
+
+    def __init__(self, lasting: Lasting, group: WorldProcessGroup | None = None) -> None:
         self._world = lasting.session.world
         self._teller = lasting.teller
         self._pace = lasting.pace
@@ -50,7 +55,8 @@ class Healer:
         is_news: whether there is something to tell of it.
         """
         world = self._world
-        self._group.revoke()
+        if self._group:
+            self._group.revoke()
         self._pace.lap()
         try:
             recovery = world.recover(report, transfer, agreed)

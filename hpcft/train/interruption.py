@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from hpcft.world.script import ScriptInterrupted
+
+
+class LetGo(ScriptInterrupted):
+    """This spare lets go of what its script has made; nobody else runs anew."""
+
 
 class StepInterrupted(BaseException):
     """A rank has failed; the step is broken off at one of its two edges.

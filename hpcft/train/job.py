@@ -19,6 +19,7 @@ from hpcft.errors import HpcftError
 from hpcft.train.dealing import OnShrink
 from hpcft.train.evaluation import Evaluate
 from hpcft.train.healing import Healer
+from hpcft.train.interruption import LetGo
 from hpcft.train.lasting import Lasting
 from hpcft.train.process_group import WorldProcessGroup, install
 from hpcft.train.state import State
@@ -38,8 +39,8 @@ class Job:
         self._on_shrink = on_shrink
         #: The membership that this run of the script was made for.
         self._epoch = self._world.membership.epoch
-        #: Whether all have agreed that the script is run anew.
-        self._left = False
+        #: Whether the script has been left, to be run anew; and whether this process alone has.
+        self._left = self.bare = False
         self._training: Training | None = None
         self.group = WorldProcessGroup(0, self.size, self._world.progress)
         self._healer = Healer(lasting, self.group)
@@ -107,8 +108,8 @@ class Job:
         self.group.refuse = None
         try:
             self._training.run()
-        except ScriptInterrupted:
-            self._left = True
+        except ScriptInterrupted as why:
+            self._left, self.bare = True, isinstance(why, LetGo)
             raise
 
     def _tell_imported(self, evaluates: bool) -> None:
@@ -142,7 +143,8 @@ class Job:
             self._healer.heal_untrained()
             self._left = True
         self._world.progress.run(False)
-        if self._world.link:
+        # A spare by itself has nothing to save at any time, and is not asked.
+        if self._world.link and not self.bare:
             self._world.link.departures.pause()
         # Its traceback holds the frames it has come through, and these the model.
         self.group.failure = None

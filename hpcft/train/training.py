@@ -17,7 +17,7 @@ from hpcft.train.dry import DrySteps
 from hpcft.train.edges import Edges
 from hpcft.train.healing import Healer, Recovery
 from hpcft.train.health import Health
-from hpcft.train.interruption import Late, StepInterrupted
+from hpcft.train.interruption import Late, LetGo, StepInterrupted
 from hpcft.train.lasting import Lasting
 from hpcft.train.modes.choice import choose
 from hpcft.train.process_group import WorldProcessGroup
@@ -145,7 +145,10 @@ class Training:
             if self._spare:
                 assert link is not None
                 link.departures.wait()
-                over = self._strategy.park(self._dry.probe)
+                if self._world.awaited:
+                    return Outcome.AGREED
+                link.send("warmth", bare=False)
+                over = self._strategy.park(self._while_parked)
                 if over is not None:
                     return Outcome.OVER if over else Outcome.AGREED
                 self._join()
@@ -173,6 +176,12 @@ class Training:
             self._teller.say("hpcft: dropped, as a rank has failed: " + traceback.format_exc())
             return Outcome.BROKEN_OFF
         return Outcome.OVER if self._world.finish() else Outcome.AGREED
+
+    def _while_parked(self) -> None:
+        assert self._world.link is not None
+        if self._world.link.bare:
+            raise LetGo
+        self._dry.probe()
 
     def _start(self) -> None:
         """Have all ranks begin with the state of rank 0."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hpcft.telemetry import registry
-from hpcft.telemetry.events import Event, slow_now
+from hpcft.telemetry.events import Event, cold_now, slow_now
 from hpcft.telemetry.summary import summarise
 from hpcft.watch.runs import SILENCE, Jobs, Run
 from hpcft.world.progress import peek
@@ -41,6 +41,7 @@ class Rank:
         lost, why; else empty.
     step: steps it has completed; None if that is not known.
     slow: how many times as long as the others it computes, if it is a straggler; else None.
+    cold: it is a spare that has given its memory back, and has to run its script to train.
     """
 
     logical: int | None
@@ -51,6 +52,7 @@ class Rank:
     state: str
     step: int | None
     slow: float | None = None
+    cold: bool = False
 
 
 @dataclass(frozen=True)
@@ -215,12 +217,14 @@ def _state(
 def _ranks(table: list[dict[str, Any]], events: list[Event], live: bool) -> tuple[Rank, ...]:
     found = []
     slow = {world: event.detail["factor"] for world, event in slow_now(events).items()}
+    cold = cold_now(events)
     for entry in table:
         logical, world, pid = entry["logical"], entry["world"], entry["pid"]
         here = live and entry["host"].split(".")[0] == registry.host()
         state, step = _doing(pid, entry["role"]) if here else ("", None)
         role, factor = entry["role"], slow.get(world)
-        found.append(Rank(logical, world, entry["host"], pid, role, state, step, factor))
+        spared = role == "spare" and world in cold
+        found.append(Rank(logical, world, entry["host"], pid, role, state, step, factor, spared))
     failures = [event for event in events if event.kind == "failure"]
     healed = max((n for n, e in enumerate(events) if e.kind in ("resume", "start")), default=-1)
     # Those that nobody has recovered from are in the table still.

@@ -53,8 +53,9 @@ class Link:
     the names of the checkpoints of which the shepherd has made copies on another node, with why it
     could not, if so. ``departures`` knows whether all are to leave, ``cohorts`` whose gradients
     make a step. ``slow`` tells whether this process is slower than the others, and ``probe`` is set
-    when, as a spare, it is to find out. ``drained`` has what a spare says it has written, until
-    somebody takes it out.
+    when, as a spare, it is to find out; ``bare`` tells whether, as a spare, it is to hold no more
+    than it needs to be there. ``drained`` has what a spare says it has written, until somebody
+    takes it out.
     """
 
     def __init__(self, sock: socket.socket, progress: Progress) -> None:
@@ -63,6 +64,7 @@ class Link:
         self._lock = threading.Lock()
         self.progress = progress
         self.slow = False
+        self.bare = False
         self.probe = threading.Event()
         self.news = threading.Event()
         self.failures: dict[int, Failure] = {}
@@ -156,6 +158,10 @@ class Link:
                     continue
                 if message["kind"] == "slow":
                     self.slow = message["slow"]
+                    continue
+                if message["kind"] == "warmth":
+                    self.bare = message["bare"]
+                    self.news.set()
                     continue
                 if message["kind"] == "probe":
                     self.probe.set()

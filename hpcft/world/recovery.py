@@ -26,6 +26,9 @@ which the rank is the logical rank. Each process is in one of these states::
                         |                  v                                      |
                         +--- 0 -------- agree(1 if all went well here)            |
                         |                  v 1                                    |
+                        |              WARM: has who is to train a script?        |
+                        +--- no ------- agree(1 once it has)                      |
+                        |                  v yes                                  |
                         |              TRANSFER the state to whom lacks it        |
                         |                  v                                      |
                         +--- 0, or ---- agree(1 if that went well here) --- 1 ----+
@@ -56,6 +59,10 @@ What each knows where:
 * Nobody need have died. Ranks that are slow change places with spares in the same way: all active
   ranks have come to the end of the same step (:mod:`hpcft.world.departure`), and those that are to
   step down say so in their reports. If somebody dies meanwhile, that is healed, and they stay.
+* A spare that is cold has let go of what its script had made (:mod:`hpcft.train.cooled`). Others
+  are adopted before it. If it is to train all the same nothing is built: at WARM it runs its
+  script, and comes back to the agreement in which all others wait for it; then all go again from
+  SHRINK.
 * Where TRANSFER finds that scripts have to be run anew, it moves nothing; after the last agreement
   all leave RUN, or PARKED, and come back to it from the beginning of the script
   (:mod:`hpcft.world.script`).
@@ -67,7 +74,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import astuple, dataclass, field
 from typing import cast
 
@@ -106,6 +113,7 @@ class Report:
         of which those that are lost cannot be had from others.
     slow: it is slower than the others, or was when it last trained.
     steps_down: it is to change places with a spare, and all ranks have completed the same step.
+    cold: it is a spare that has to run its script before it can train.
     """
 
     world: int
@@ -115,6 +123,7 @@ class Report:
     anew: bool = False
     slow: bool = False
     steps_down: bool = False
+    cold: bool = False
 
 
 @dataclass(frozen=True)
@@ -228,6 +237,10 @@ def _stepping_down(membership: Membership, reports: Mapping[int, Report]) -> fro
     return leaving if left else frozenset()
 
 
+class NotWarm(Exception):
+    """This process is to train, and has to run its script before; the others wait for it."""
+
+
 class World:
     """The world as this process knows it.
 
@@ -263,6 +276,11 @@ class World:
         self.restorable = False
         #: Whether ranks may be at different steps, and in a membership that is not agreed on.
         self.apart = False
+        #: Whether the others wait, in a recovery, until this process has run its script.
+        self.awaited = False
+        #: When the recovery under way began, and how long all have waited in it for cold spares.
+        self._began: float | None = None
+        self._warming = 0.0
         #: What went wrong, other than in MPI, in the last attempt to recover.
         self._trouble: Exception | None = None
         self.active: MPI.Intracomm | None = None
@@ -418,12 +436,17 @@ class World:
         answer, died = self._ask(flag)
         return answer and not died
 
-    def _ask(self, flag: int) -> tuple[bool, bool]:
-        """The answer of an agreement, and whether it tells of a death not acknowledged by all."""
+    def _ask(self, flag: int, mending: bool = True) -> tuple[bool, bool]:
+        """The answer of an agreement, and whether it tells of a death not acknowledged by all.
+
+        Parameters
+        ----------
+        mending: whether all others are about to come to it.
+        """
         answer = np.array([flag], dtype=np.intc)
         self.progress.enter()
         try:
-            with self.progress.mending():
+            with self.progress.mending(mending):
                 request = self._pool.Iagree(answer)
                 # Others may be long in coming, computing or moving the state: leave them the
                 # processor.
@@ -453,11 +476,16 @@ class World:
         Raises
         ------
         TooFewRanks, StateLost: there is no way to go on; the same in all survivors.
+        NotWarm: this process is cold and to train; to be called again once its script has run.
         """
-        began = time.time()
+        self._began = began = self._began or time.time()
         self.progress.enter()
         try:
-            if not agreed:
+            if self.awaited:
+                self.awaited = False
+                # Whatever the answer is, all go on with another attempt.
+                self._agree(1)
+            elif not agreed:
                 self._revoke()
                 self._agree(0)
             attempts = alike = 0
@@ -475,6 +503,9 @@ class World:
             healing, plan, active, phases = result
         finally:
             self.progress.leave()
+        if self._warming:
+            phases["warm_s"] = self._warming
+        self._began, self._warming = None, 0.0
         self.membership = self.agreed = healing.after
         self.active = active
         return Recovered(healing, plan, began, time.time(), attempts, phases)
@@ -541,9 +572,11 @@ class World:
         fatal: TooFewRanks | StateLost | None = None
         healing: Healing | None = None
         plan: Transfer | None = None
+        warming: set[int] = set()
         with self._trying() as built:
             reports = self._exchange(pool, report)
             before = self._latest(pool) if self.apart else self.membership
+            cold = frozenset(world for world, one in reports.items() if one.cold)
             try:
                 healing = heal(
                     before,
@@ -552,17 +585,24 @@ class World:
                     self.policy,
                     frozenset(world for world, one in reports.items() if one.slow),
                     _stepping_down(before, reports),
+                    cold,
                 )
                 plan = plan_transfer(healing.after, reports, self.restorable, self.apart)
             except (TooFewRanks, StateLost) as error:
                 fatal = error
             else:
-                active = self._build(pool, healing.after)
+                # Who is to run its script anew with all others is not waited for.
+                warming = set() if plan.anew else set(healing.after.active) & cold
+                if not warming:
+                    active = self._build(pool, healing.after)
         if not self._agree(built.good):
             return None
         lap("build_s")
         if fatal is not None:
             raise fatal
+        if warming:
+            self._wait_for_scripts(warming)
+            return None
         assert healing is not None
         assert plan is not None
         with self._trying(active) as moved:
@@ -575,6 +615,22 @@ class World:
             return None
         lap("agree_s")
         return healing, plan, active, phases
+
+    def _wait_for_scripts(self, warming: Set[int]) -> None:
+        """Wait until those that are to train and are cold have run their scripts.
+
+        Raises
+        ------
+        NotWarm: this is one of them.
+        """
+        if self.world in warming:
+            self.awaited = True
+            raise NotWarm
+        began = time.monotonic()
+        # That takes as long as a script does, and nobody is stuck for it.
+        self.progress.run(False)
+        self._ask(1, mending=False)
+        self._warming += time.monotonic() - began
 
     def _shrink(self) -> MPI.Intracomm | None:
         """The pool without the dead, the same in all survivors; None if it has to be tried again.

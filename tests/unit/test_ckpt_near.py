@@ -472,3 +472,16 @@ def test_a_stranger_sends_nothing(tmp_path: Path) -> None:
             (b"one", b"another"),
         )
     assert not (tmp_path / "theirs").exists()
+
+
+def test_what_a_node_has_of_others_can_be_given_up(tmp_path: Path) -> None:
+    store = NearStore(tmp_path)
+    folder = store.begin(3)
+    (folder / STATE).write_bytes(b"own state")
+    store.room(folder.name, shard(1)).touch()
+    assert store.clear_others()
+    assert not store.clear_others()
+    assert [(file.name, file.copy) for file in store.files()[folder.name]] == [(STATE, False)]
+    # And comes again with the next.
+    store.room(folder.name, shard(1)).touch()
+    assert {file.name for file in store.files()[folder.name]} == {STATE, shard(1)}

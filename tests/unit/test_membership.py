@@ -240,3 +240,20 @@ def test_nobody_steps_down_who_alone_has_the_state() -> None:
     for other, expected in ((whole, {1}), (broken, set())):
         reports = {0: other, 1: leaving, 2: spare}
         assert _stepping_down(before, reports) == expected
+
+
+def test_a_warm_spare_is_adopted_before_a_cold_one() -> None:
+    hosts = dict.fromkeys(range(5), "n")
+    before = Membership.launch(5, 2)
+    alive = frozenset({0, 2, 3, 4})
+    assert heal(before, alive, hosts, Policy(), cold=frozenset({3})).after.active == (0, 4, 2)
+    # But one that is slow would be so for good.
+    healing = heal(before, alive, hosts, Policy(), frozenset({4}), cold=frozenset({3}))
+    assert healing.after.active == (0, 3, 2)
+
+
+def test_a_slow_rank_changes_places_with_a_warm_spare() -> None:
+    before, alive = Membership.launch(4, 2), frozenset(range(4))
+    slow = frozenset({1})
+    healing = heal(before, alive, ONE_HOST, Policy(), slow, slow, frozenset({2}))
+    assert healing.after.active == (0, 3)

@@ -3,6 +3,7 @@
 DDP reads the annotations of :func:`averaging_hook`, so they must not be strings.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -48,7 +49,8 @@ class Strategy:
         self.buffers: list[torch.Tensor] = []
         for module in replica.state.modules():
             if isinstance(module, DistributedDataParallel):
-                module.register_comm_hook(self, averaging_hook)
+                # Weakly: DDP keeps it in C++, where the garbage collector does not see the cycle.
+                module.register_comm_hook(weakref.proxy(self), averaging_hook)
                 if module.broadcast_buffers:
                     # Its forward would give rank 0's buffers to all at the start of the next step,
                     # too late if rank 0 dies before.

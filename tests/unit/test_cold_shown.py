@@ -1,0 +1,28 @@
+"""What is shown of spares that have given their memory back."""
+
+from __future__ import annotations
+
+from hpcft.cli.top import _state
+from hpcft.telemetry.events import Event, cold_now
+from hpcft.watch.view import Rank
+
+
+def of(kind: str, world: int) -> Event:
+    return Event(kind, 5, detail={"world": world})
+
+
+def test_a_spare_is_cold_until_it_is_warm_adopted_or_dead() -> None:
+    cooled = [of("spare cooled", world) for world in (3, 4, 5, 6)]
+    assert cold_now(cooled) == {3, 4, 5, 6}
+    after = [of("spare warmed", 3), of("adoption", 4), of("failure", 5)]
+    assert cold_now([*cooled, *after]) == {6}
+    assert cold_now([*cooled, *after, of("spare cooled", 3)]) == {3, 6}
+
+
+def test_another_launch_begins_with_warm_spares() -> None:
+    assert cold_now([of("spare cooled", 3), Event("relaunch", 5)]) == set()
+
+
+def test_it_is_said_of_the_spare() -> None:
+    spare = Rank(None, 3, "n1", 17, "spare", "parked", None, cold=True)
+    assert _state(spare) == "parked; cold, for memory is short"
