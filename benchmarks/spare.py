@@ -41,6 +41,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from disks import Disk, mounted
 
+from hpcft.world.progress import shepherd_of
+
 #: Steps over which a step's length is taken.
 _STEPS = 60
 #: Seconds for which the slow disk is frozen, and then is not.
@@ -60,7 +62,8 @@ def parked(spares: int, seconds: float) -> None:
         time.sleep(5)  # the spares try out their steps first
         table = json.loads((run.path / "run" / "ranks.json").read_text())["ranks"]
         waiting = [entry["pid"] for entry in table if entry["role"] == "spare"]
-        parties = {"rank": waiting, "shepherd": [psutil.Process(pid).ppid() for pid in waiting]}
+        shepherds = [shepherd for pid in waiting if (shepherd := shepherd_of(pid))]
+        parties = {"rank": waiting, "shepherd": shepherds}
         before = {pid: cpu_seconds(pid) for pids in parties.values() for pid in pids}
         time.sleep(seconds)
         for name, pids in parties.items():

@@ -19,6 +19,8 @@ from typing import Any
 
 import psutil
 
+from hpcft.world.progress import shepherd_of
+
 HERE = Path(__file__).parent
 PROGRAM = HERE / "programs" / "train.py"
 #: Tell what is known of the runs that the test under way has started.
@@ -101,9 +103,9 @@ class Training:
 
     def mpiexec(self) -> int:
         """The process that has started the shepherds, on one machine."""
-        shepherd = psutil.Process(self.entry(0)["pid"]).parent()
+        shepherd = shepherd_of(self.entry(0)["pid"])
         assert shepherd is not None
-        return shepherd.ppid()
+        return psutil.Process(shepherd).ppid()
 
     def send(self, logical: int, number: int = signal.SIGKILL) -> None:
         """Send a signal to the process that plays a logical rank."""
@@ -170,25 +172,27 @@ def undisturbed(nproc: int) -> dict[int, str]:
     return digests
 
 
-def kill_at_start(
-    path: Path, rank: int, module: str = "hpcft.world.rank", after: float = 0
-) -> None:
-    """With ``path`` in PYTHONPATH a process of a rank dies before that rank has come to MPI.
+def kill_at_start(path: Path, rank: int, shepherd_after: float | None = None) -> None:
+    """With ``path`` in PYTHONPATH a rank dies before it has come to MPI; the others wait.
 
     Parameters
     ----------
-    module: what the process runs: the rank itself, or ``hpcft.run``, its shepherd, which the rank
-        then waits for.
-    after: seconds from the start of Python to the death.
+    shepherd_after: it is not the rank that dies but its shepherd, so many seconds after its start.
     """
     (path / "sitecustomize.py").write_text(
-        "import os, threading, time\n"
+        "import faulthandler, os, threading, time\n"
+        "def die():\n"
+        f"    if os.environ.get('PMIX_RANK') == '{rank}':\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "def begin(*_, **__):\n"
+        f"    {shepherd_after} is None and die()\n"
+        "    time.sleep(600)\n"
         "command = open('/proc/self/cmdline', 'rb').read().split(bytes(1))\n"
-        f"if os.environ.get('PMIX_RANK') == '{rank}':\n"
-        f"    if b'{module}' in command:\n"
-        f"        threading.Timer({after}, os.kill, (os.getpid(), 9)).start()\n"
-        "    if b'hpcft.world.rank' in command:\n"
-        "        time.sleep(600)\n"
+        f"if b'hpcft.run' in command and {shepherd_after} is not None:\n"
+        f"    threading.Timer({shepherd_after or 0}, die).start()\n"
+        "if b'hpcft.world.rank' in command:\n"
+        # What a rank calls first.
+        "    faulthandler.enable = begin\n"
     )
 
 
@@ -221,6 +225,16 @@ def launched(run: Training, times: int) -> None:
         ),
     )
     assert run.process.poll() is None, run.output
+
+
+def warm(run: Training) -> list[psutil.Process]:
+    """The processes that the run's ranks are forked from, with those that preload modules."""
+    ranks = {entry["pid"] for entry in run.ranks()}
+    return [
+        process
+        for process in running(run, "hpcft.world.rank")
+        if process.pid not in ranks and process.name() != "hpcft-minder"
+    ]
 
 
 def running(run: Training, part: str) -> list[psutil.Process]:

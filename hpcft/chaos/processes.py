@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcft.chaos.faults import Fault, Refused, Task
-from hpcft.world.progress import peek
+from hpcft.world.progress import peek, shepherd_of
 
 #: A slow rank is stopped for so long at a time. Shepherds take a stop for a hang at 3/4 of
 #: --timeout-detect, which is 0.1 s at the least.
@@ -41,16 +41,6 @@ def born(pid: int) -> int:
     Refused: it is gone.
     """
     return int(_stat(pid)[19])
-
-
-def parent(pid: int) -> int:
-    """The process that is the parent.
-
-    Raises
-    ------
-    Refused: it is gone.
-    """
-    return int(_stat(pid)[1])
 
 
 def send(pid: int, since: int, number: int) -> bool:
@@ -102,11 +92,11 @@ class Node(Fault):
                 "the run is on this one host: nothing of it would be left but its launcher",
                 "say --yes, if that is meant",
             )
-        ranks = [pid for pid in task.pids if peek(pid) is not None]
-        if not ranks:
+        shepherds = {pid: shepherd for pid in task.pids if (shepherd := shepherd_of(pid))}
+        if not shepherds:
             raise Refused("no rank of yours is on this host")
         # Shepherds first, so that they have no time to tell.
-        both = [*dict.fromkeys(map(parent, ranks)), *ranks]
+        both = [*dict.fromkeys(shepherds.values()), *shepherds]
         return {"processes": [(pid, born(pid)) for pid in both]}
 
     def do(self, how: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from hpcft.launch.channel import Message
 from hpcft.launch.link import Link
-from hpcft.launch.warm import Warm
+from hpcft.launch.warm import Fork, Warm
 from hpcft.world.progress import Progress
 
 
@@ -84,7 +84,10 @@ class Bystander:
         link, page = await Link.create(), Progress.create()
         why = "its process has ended, maybe for lack of memory"
         try:
-            pid = await self._fork(environ, (link.theirs.fileno(), page.fd))
+            fork = await self._fork(environ, (link.theirs.fileno(), page.fd))
+            # It tells itself of all that matters.
+            fork.close()
+            pid = fork.pid
             if self._task is not me:
                 # Dropped meanwhile.
                 _kill_all_of(pid)
@@ -107,17 +110,14 @@ class Bystander:
             self._kill()
             self._ended(why)
 
-    async def _fork(self, environ: Mapping[str, str], fds: tuple[int, int]) -> int:
-        warm = self._warm.pid
+    async def _fork(self, environ: Mapping[str, str], fds: tuple[int, int]) -> Fork:
         try:
             return await self._warm.fork(environ, fds)
         except ProcessLookupError:
             if not self._wanted:
                 raise
-            # A library that the script needs has started threads in it, which ends it. Another
-            # bystander may have started it again.
-            if self._warm.pid == warm:
-                self._warm.start()
+            # A library that the script needs has started threads in it, which ends it.
+            self._warm.revive()
             return await self._warm.fork(environ, fds)
 
     def _take(self, message: Message) -> str:

@@ -67,14 +67,14 @@ def _fields(folder: Path) -> list[str]:
 
 
 class Child:
-    """The running rank.
+    """The rank's process.
 
     Parameters
     ----------
-    pid: its process number; until the rank has been forked, that of the warm process.
+    pid: its number; None until it has been forked.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int | None = None) -> None:
         self.pid = pid
         self._oom = oom_kills()
         #: Whether the rank has said that it ends, and what about it.
@@ -88,13 +88,13 @@ class Child:
 
     def send(self, number: int) -> None:
         """Send a signal to the rank alone."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, number)
+        if self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Kill the rank and all processes it has started."""
-        family = [self.pid, *descendants(self.pid)]
-        for pid in family:
+        for pid in self._family():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -114,8 +114,12 @@ class Child:
     def cpu_seconds(self) -> float:
         """Processor time the rank and its descendants have used so far."""
         ticks = 0
-        for pid in (self.pid, *descendants(self.pid)):
+        for pid in self._family():
             with contextlib.suppress(OSError):
                 fields = _stat(pid)
                 ticks += int(fields[11]) + int(fields[12])
         return ticks / os.sysconf("SC_CLK_TCK")
+
+    def _family(self) -> list[int]:
+        """The rank and all processes it has started."""
+        return [] if self.pid is None else [self.pid, *descendants(self.pid)]

@@ -28,6 +28,7 @@ from hpcft.launch.company import Company
 from hpcft.launch.door import Door
 from hpcft.launch.exporter import Exporter
 from hpcft.launch.guest import Guest, visit
+from hpcft.launch.hearth import WARM
 from hpcft.launch.muster import GivenUp, Launched, LeftOut, Muster
 from hpcft.launch.options import RunOptions, Sizes
 from hpcft.launch.place import Task
@@ -151,7 +152,8 @@ class Keeper:
         adopt_orphans()
         # Without LOCAL_RANK, which may be another in the next launch.
         environ = {**os.environ, **self._settings}
-        self._warm = Warm(self._options.command, self._options.preload, environ, log)
+        shared = Path(os.environ[WARM]) if self._task.launched_by_us else None
+        self._warm = Warm(self._options.command, self._options.preload, environ, log, shared)
         try:
             yield
         finally:
@@ -287,8 +289,7 @@ class Keeper:
     def _shepherd(
         self, number: int, launched: Launched, company: Company, last: Shepherd | None
     ) -> Shepherd:
-        if self._warm.ended:
-            self._warm.start()
+        self._warm.revive()
         self._warm.log_to(self._rundir.log_file(launched.rank))
         here = local_settings(launched.number_here, launched.ranks_here)
         return Shepherd(

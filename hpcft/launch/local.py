@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -20,9 +22,12 @@ from hpcft.launch.child import (
     descendants,
     exit_status,
 )
+from hpcft.launch.hearth import WARM, Hearth
 from hpcft.launch.options import RunOptions, check_sizes
+from hpcft.launch.place import prefix_of_wheel
 from hpcft.launch.register import register
 from hpcft.launch.scratch import scratch
+from hpcft.launch.settings import rank_settings
 from hpcft.launch.upload import Upload, require_writable
 from hpcft.telemetry.events import Event
 from hpcft.telemetry.rundir import RunDirectory
@@ -76,7 +81,12 @@ def launch(options: RunOptions, argv: list[str]) -> int:
     while not objection:
         with scratch() as folder:
             command = [*openmpi.command(mpi.mpiexec, tasks, folder), *again]
-            code = launcher.run(command, environ)
+            settings = rank_settings(prefix_of_wheel(os.environ), tasks, None, folder)
+            # What is forked from it shows this environment, and by it whose it is.
+            told = {"HPCFT_RUN": json.dumps({"run_dir": str(options.run_dir)})}
+            warm = {**os.environ, **settings, **told}
+            hearth = Hearth(options.command, options.preload, warm, folder)
+            code = launcher.run(command, {**environ, WARM: str(folder)}, hearth)
         if not code or launcher.asked or not _lost(rundir):
             break
         objection = _relaunch(options, rundir, _reason(code), tasks)
@@ -145,8 +155,12 @@ class _Launcher:
         """Whether somebody wants the run to end."""
         return bool(self._asked or self._wished or self._warned)
 
-    def run(self, command: list[str], environ: dict[str, str]) -> int:
+    def run(self, command: list[str], environ: dict[str, str], hearth: Hearth) -> int:
         """Start a command and wait for its end.
+
+        Parameters
+        ----------
+        hearth: what its tasks have their ranks forked from; ends with it.
 
         Returns
         -------
@@ -166,10 +180,13 @@ class _Launcher:
                 code = process.wait(0.1 if deadline is None and not self._asked else 0.5)
                 break
             except subprocess.TimeoutExpired:
+                hearth.tend()
+                _take_in_others(process.pid, hearth.pid)
                 if (self._asked or tasks.over(time.monotonic())) and deadline is None:
                     deadline = time.monotonic() + _PATIENCE
                 if deadline and time.monotonic() > deadline:
                     process.kill()
+        hearth.put_out()
         _clear_up()
         # By the signal that was passed on, or by what mpiexec ends the others with.
         signalled = code in (128 + signal.SIGUSR1, 128 + signal.SIGTERM)
@@ -286,6 +303,20 @@ def _tell_of_failure(rundir: RunDirectory, code: int, objection: str) -> None:
     rundir.write_summary(summarise(rundir.events()))
 
 
+def _take_in_others(*awaited: int) -> None:
+    """Take in children that have ended, their own or orphans, but for those awaited elsewhere."""
+    while (ended := _ended_child()) and ended not in awaited:
+        os.waitpid(ended, 0)
+
+
+def _ended_child() -> int:
+    """A child that has ended and was not taken in; 0 if there is none."""
+    with contextlib.suppress(ChildProcessError):
+        if found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return found.si_pid
+    return 0
+
+
 def _clear_up() -> None:
     """Kill what is left below this process, and take it in."""
     deadline = time.monotonic() + 2
@@ -295,8 +326,5 @@ def _clear_up() -> None:
                 os.kill(pid, signal.SIGKILL if time.monotonic() > deadline else signal.SIGTERM)
             except ProcessLookupError:
                 pass
-        try:
-            os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            pass
+        _take_in_others()
         time.sleep(0.01)

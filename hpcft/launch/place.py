@@ -106,7 +106,7 @@ def find_task(environ: Mapping[str, str] = os.environ) -> Task | None:
             )
         ours = "HPCFT_LAUNCHER" in environ
         number = int(environ["OMPI_COMM_WORLD_LOCAL_RANK"])
-        return Task(place, "mpiexec", ours, number, here, None, _wheel_prefix(environ))
+        return Task(place, "mpiexec", ours, number, here, None, prefix_of_wheel(environ))
     if "SLURM_JOB_ID" in environ:
         _require_whole_allocation(environ)
     return None
@@ -123,7 +123,7 @@ def guest_task(environ: Mapping[str, str] = os.environ) -> Task:
         return replace(_slurm_task(step, environ), joined=True)
     host = socket.gethostname()
     place = Place(0, 1, host, host, "127.0.0.1")
-    return Task(place, "hpcft join", False, 0, 1, None, _wheel_prefix(environ), None, True)
+    return Task(place, "hpcft join", False, 0, 1, None, prefix_of_wheel(environ), None, True)
 
 
 def _require_whole_allocation(environ: Mapping[str, str]) -> None:
@@ -166,12 +166,12 @@ def _slurm_task(step: Step, environ: Mapping[str, str]) -> Task:
         step.task_here,
         step.tasks_here,
         network_of(address),
-        _wheel_prefix(environ),
+        prefix_of_wheel(environ),
         step,
     )
 
 
-def _wheel_prefix(environ: Mapping[str, str]) -> Path | None:
+def prefix_of_wheel(environ: Mapping[str, str]) -> Path | None:
     """Where the Open MPI of the Python environment lies, which was configured for another place."""
     if "OPAL_PREFIX" in environ:
         return Path(environ["OPAL_PREFIX"])

@@ -52,7 +52,7 @@ from hpcft.launch.muster import undone
 from hpcft.launch.options import RunOptions, Sizes, at_terminal
 from hpcft.launch.outcome import Outcome
 from hpcft.launch.place import Place, Task
-from hpcft.launch.reaper import Reaper
+from hpcft.launch.reaper import take_in
 from hpcft.launch.relay import Relay
 from hpcft.launch.resizing import Resizing
 from hpcft.launch.roll import Roll
@@ -63,7 +63,7 @@ from hpcft.launch.stragglers import Stragglers
 from hpcft.launch.thrift import Thrift
 from hpcft.launch.upload import Upload
 from hpcft.launch.vigil import Vigil
-from hpcft.launch.warm import Warm
+from hpcft.launch.warm import Fork, Warm
 from hpcft.world.departure import LEAVE, REPLACE, RESIZE, STAYS
 from hpcft.world.progress import Progress
 
@@ -168,6 +168,8 @@ class Shepherd:
         #: What lasts no longer than the launch.
         self._tasks: list[asyncio.Future[None]] = []
         self._reaped = False
+        #: Hears of the rank, once that has been forked.
+        self._news: asyncio.Task[None] | None = None
         self._stop_timer: asyncio.TimerHandle | None = None
         self._dying = ""
         #: Whether the run is to end at once, for somebody has asked for that.
@@ -209,13 +211,12 @@ class Shepherd:
         self._listener = Listener(self._place.address)
         self._relay = await Relay.start(self._environ)
         self._progress = Progress.create()
-        self._child = Child(self._warm.pid)
+        self._child = Child()
         self._link = await Link.create()
-        self._reaper = Reaper(self._child, self._warm, self._stopped, self._continued, self._ended)
         self._echo(0 if self._place.rank == 0 else None)
-        loop.add_signal_handler(signal.SIGCHLD, self._reaper.reap)
+        loop.add_signal_handler(signal.SIGCHLD, take_in, self._warm)
         # What has ended before this.
-        self._reaper.reap()
+        take_in(self._warm)
         for number in ENDS + WARNINGS:
             loop.add_signal_handler(number, self._signalled, number)
         if self._former:
@@ -244,6 +245,8 @@ class Shepherd:
         if self.fleet is None and self._former is None:
             await self._leave_early()
         await self._await_reaping()
+        if self._news:
+            self._news.cancel()
         if self.fleet:
             self._copies.cancel()
             self._stragglers.cancel()
@@ -302,8 +305,8 @@ class Shepherd:
             # want them.
             for store in self._near:
                 store.clear_all()
-        if not speaks and self._uploads and self._task.starter == "mpiexec":
-            # Else it would kill who uploads, and leaves with the exit code after that.
+        if not speaks and self._task.starter == "mpiexec":
+            # Else it would kill who tells of the end, and leaves with the exit code after that.
             return 0
         return code
 
@@ -392,7 +395,7 @@ class Shepherd:
     async def _await_reaping(self) -> None:
         """Wait a moment for the child's end: the others want to know its cause."""
         deadline = time.monotonic() + _REAP_TIME
-        while not self._reaped and time.monotonic() < deadline:
+        while self._news and not self._reaped and time.monotonic() < deadline:
             await asyncio.sleep(0.002)
 
     async def _watch_start(self) -> None:
@@ -415,17 +418,37 @@ class Shepherd:
         link = self._link
         environ = {**self._relay.environ, "HPCFT_RUN": json.dumps(self._rank_options())}
         try:
-            pid = await self._warm.fork(environ, (link.theirs.fileno(), self._progress.fd))
-        except ProcessLookupError:
-            # The kernel tells of its end, and why.
+            fork = await self._warm.fork(environ, (link.theirs.fileno(), self._progress.fd))
+        except ProcessLookupError as error:
+            await self._unforked(str(error))
             return
         finally:
             link.theirs.close()
-        self._reaper.forked(pid)
+        self._child.pid = fork.pid
+        self._news = asyncio.ensure_future(self._follow(fork))
         # Of a pipe that is broken, or another shepherd that is lost: either is learnt elsewhere.
         with contextlib.suppress(OSError):
             async for message in link.messages():
                 await getattr(self, f"_rank_{message['kind']}")(message)
+
+    async def _unforked(self, why: str) -> None:
+        """The rank cannot be forked."""
+        deadline = time.monotonic() + _REAP_TIME
+        while self._warm.pid and self._warm.ended is None and time.monotonic() < deadline:
+            await asyncio.sleep(0.002)
+        status = self._warm.ended
+        self._ended(Ending(1, why) if status is None else self._child.end(status))
+
+    async def _follow(self, fork: Fork) -> None:
+        """Act on what becomes of the rank's process."""
+        with contextlib.closing(fork):
+            async for status in fork.news():
+                if os.WIFSTOPPED(status):
+                    self._stopped(time.time())
+                elif os.WIFCONTINUED(status):
+                    self._continued()
+                else:
+                    self._ended(self._child.end(status))
 
     def _rank_options(self) -> dict[str, Any]:
         """What the rank is told."""

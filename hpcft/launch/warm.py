@@ -1,6 +1,7 @@
-"""The warm process of a shepherd, seen from the shepherd: what its ranks are forked from.
+"""The warm process that a shepherd's rank is forked from, seen from the shepherd.
 
-See :mod:`hpcft.world.warm` for the other side.
+See :mod:`hpcft.world.warm` for the other side. It is this shepherd's own, or that of all shepherds
+of the machine (:mod:`hpcft.launch.hearth`).
 """
 
 from __future__ import annotations
@@ -14,11 +15,94 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from hpcft.world.link import CONTROL_FD
+from hpcft.world.link import CONTROL_FD, PRELOAD, STARTED_BY
+
+#: Seconds between two attempts to ask, when too many others do.
+_PAUSE = 0.02
+#: How often one that may be started again is asked.
+_TRIES = 5
+#: Bytes of a number that a minder tells.
+_NUMBER = 8
+
+
+def start_warm(
+    target: Sequence[str],
+    preload: Sequence[str],
+    environ: Mapping[str, str],
+    control: socket.socket,
+    stdout: int | None,
+    stderr: int | None,
+) -> subprocess.Popen[bytes]:
+    """Start a warm process.
+
+    Parameters
+    ----------
+    target: the script and its arguments, as the rank's command line has them.
+    preload: modules of the user's that it is to import.
+    environ: its environment.
+    control: the socket it is asked over.
+    stdout, stderr: where what it says itself goes; None for this process's own.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-m", "hpcft.world.rank", *target],
+        env={
+            **environ,
+            CONTROL_FD: str(control.fileno()),
+            PRELOAD: json.dumps(list(preload)),
+            STARTED_BY: str(os.getpid()),
+            # To look whether there are devices must not begin to use them.
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        },
+        pass_fds=(control.fileno(),),
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        start_new_session=True,
+    )
+
+
+def socket_in(folder: int) -> str:
+    """The address, in an open folder, of the socket over which a shared warm process is asked.
+
+    However long the folder's name is: addresses are short.
+    """
+    return f"/proc/self/fd/{folder}/warm"
+
+
+class Fork:
+    """A process that was forked, and the connection to its minder.
+
+    Attributes
+    ----------
+    pid: its process number.
+    """
+
+    def __init__(
+        self, pid: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.pid = pid
+        self._reader = reader
+        self._writer = writer
+
+    async def news(self) -> AsyncIterator[int]:
+        """What ``waitpid`` says of it: of stops, and at last of its end."""
+        while True:
+            try:
+                status = int.from_bytes(await self._reader.readexactly(_NUMBER), "big")
+            except (OSError, asyncio.IncompleteReadError):
+                # Its minder was killed, and it with that.
+                status = signal.SIGKILL
+            yield status
+            if not (os.WIFSTOPPED(status) or os.WIFCONTINUED(status)):
+                return
+
+    def close(self) -> None:
+        """Hear nothing of it any more."""
+        self._writer.close()
 
 
 class Warm:
@@ -26,20 +110,25 @@ class Warm:
 
     Parameters
     ----------
-    target: the script and its arguments, as the rank's command line has them.
-    preload: modules of the user's that it is to import.
-    environ: its environment.
-    log: file its output goes to, beside the terminal.
+    target, preload, environ: as of :func:`start_warm`, for one of this shepherd's own.
+    log: file that output goes to, beside the terminal.
+    shared: the folder in which the one is asked that all shepherds of the machine have; None for an
+        own one.
 
     Attributes
     ----------
-    pid: its process number.
-    ended: whether it has; to be set by who waits for it.
+    pid: the number of the own process.
+    ended: what ``waitpid`` has said of its end; to be set by who waits for it.
     learnt: the modules that it was to import besides.
     """
 
     def __init__(
-        self, target: Sequence[str], preload: Sequence[str], environ: Mapping[str, str], log: Path
+        self,
+        target: Sequence[str],
+        preload: Sequence[str],
+        environ: Mapping[str, str],
+        log: Path,
+        shared: Path | None = None,
     ) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log.open("ab", buffering=0)
@@ -51,53 +140,59 @@ class Warm:
         self._preload = list(preload)
         self._environ = dict(environ)
         self._pumps: list[threading.Thread] = []
-        #: Held from a question to its answer.
-        self._asking = asyncio.Lock()
-        self.start()
+        #: Where the output goes, and its errors.
+        self._outputs = [self._pumped(out) for out in (sys.stdout.buffer, sys.stderr.buffer)]
+        #: A pipe, whose other end ends what has it when this process does.
+        self._switch, self._held = os.pipe()
+        self.pid: int | None = None
+        self.ended: int | None = None
+        #: Whether an own one is known to answer no more.
+        self._lost = False
+        #: To reach a shared one by.
+        self._folder: int | None = None
+        if shared:
+            self._folder = os.open(shared, os.O_DIRECTORY)
+            self._control = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._control.setblocking(False)
+        else:
+            self._start()
 
     def log_to(self, log: Path) -> None:
         """Have what is written from now on follow what is in ``log``."""
         former, self._log = self._log, log.open("ab", buffering=0)
         former.close()
 
-    def start(self) -> None:
-        """Start it; again, when it has ended."""
-        self.ended = False
+    def revive(self) -> None:
+        """Start it again if it has ended; of a shared one the launcher sees to that."""
+        if self.ended is not None or self._lost:
+            self._control.close()
+            self._start()
+
+    def _start(self) -> None:
+        """Start an own one."""
+        self.ended, self._lost = None, False
         ours, theirs = socket.socketpair()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "hpcft.world.rank", *self._target],
-            env={
-                **self._environ,
-                CONTROL_FD: str(theirs.fileno()),
-                # To look whether there are devices must not begin to use them.
-                "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-            },
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        theirs.close()
+        with theirs:
+            outputs = self._outputs
+            process = start_warm(self._target, self._preload, self._environ, theirs, *outputs)
         ours.setblocking(False)
         self._control = ours
         self.pid = process.pid
-        # We wait for it ourselves: Popen does not tell of stops.
+        # We wait for it ourselves.
         process.returncode = 0
-        assert process.stdout is not None
-        assert process.stderr is not None
-        pipes = ((process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer))
-        for pipe, out in pipes:
-            pump = threading.Thread(target=self._pump, args=(pipe, out), daemon=True)
-            pump.start()
-            self._pumps.append(pump)
-        if self._preload:
-            self._tell({"preload": self._preload})
 
-    def _pump(self, pipe: IO[bytes], out: IO[bytes]) -> None:
+    def _pumped(self, out: IO[bytes]) -> int:
+        """A descriptor of which all that is written goes to the log, and to ``out`` if echoed."""
+        pipe, theirs = os.pipe()
+        pump = threading.Thread(target=self._pump, args=(pipe, out), daemon=True)
+        pump.start()
+        self._pumps.append(pump)
+        return theirs
+
+    def _pump(self, pipe: int, out: IO[bytes]) -> None:
         # In a thread, for a file system that hangs must not keep the shepherd from its beats.
         at_line_start = True
-        while data := os.read(pipe.fileno(), 1 << 16):
+        while data := os.read(pipe, 1 << 16):
             with contextlib.suppress(OSError):
                 self._log.write(data)
             if self.echo:
@@ -110,7 +205,7 @@ class Warm:
                     out.write(data)
                     out.flush()
 
-    async def fork(self, environ: Mapping[str, str], fds: Sequence[int]) -> int:
+    async def fork(self, environ: Mapping[str, str], fds: Sequence[int]) -> Fork:
         """Have it fork a rank, as soon as it is warm.
 
         Parameters
@@ -120,54 +215,89 @@ class Warm:
 
         Returns
         -------
-        The rank's process number; it is a child of this process.
+        The rank. It ends when this process does.
 
         Raises
         ------
         ProcessLookupError: the warm process has ended before that.
         """
-        loop = asyncio.get_running_loop()
-        async with self._asking:
+        wish = {"environ": dict(environ)}
+        shared, asked = self._folder is not None, self.pid
+        for attempt in range(_TRIES if shared else 1):
+            if attempt:
+                await asyncio.sleep(_PAUSE)
             try:
-                self._ask({"environ": dict(environ), "parent": os.getpid()}, fds)
-                answer = await loop.sock_recv(self._control, 8)
+                reader, writer = await self._ask(wish, (*fds, *self._outputs, self._switch))
             except OSError:
-                answer = b""
-        if len(answer) < 8:
-            raise ProcessLookupError("the warm process has ended")
-        return int.from_bytes(answer, "big")
+                break
+            try:
+                pid = int.from_bytes(await reader.readexactly(_NUMBER), "big")
+            except (OSError, asyncio.IncompleteReadError):
+                writer.close()
+                continue
+            except asyncio.CancelledError:
+                # The rank, if it has been forked, ends when it sees that nobody wants it.
+                writer.close()
+                raise
+            writer.write(b"+")
+            return Fork(pid, reader, writer)
+        # Another who has noticed may have started it again.
+        self._lost = self._lost or (not shared and asked == self.pid)
+        raise ProcessLookupError("the process that ranks are forked from has ended")
+
+    async def ready(self) -> None:
+        """Wait until it has imported what it was to import so far, or has ended."""
+        with contextlib.suppress(OSError):
+            reader, writer = await self._ask({}, ())
+            await reader.read()
+            writer.close()
 
     def learn(self, modules: Sequence[str]) -> None:
         """Have it import these as well, for the ranks to come."""
         self.learnt += modules
-        self._tell({"modules": list(modules)})
-
-    def _tell(self, wish: dict[str, list[str]]) -> None:
         # What does not fit, were it ever so much, is left away: it is a convenience.
         with contextlib.suppress(OSError):
-            self._ask(wish)
+            self._send({"modules": list(modules)}, ())
 
-    def _ask(self, wish: Mapping[str, object], fds: Sequence[int] = ()) -> None:
+    async def _ask(
+        self, wish: Mapping[str, object], fds: Sequence[int]
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Ask for something, with the connection for the answer, which closes if there is none."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                while True:
+                    try:
+                        self._send(wish, (theirs.fileno(), *fds))
+                        break
+                    except BlockingIOError:
+                        await asyncio.sleep(_PAUSE)
+                return await asyncio.open_unix_connection(sock=ours)
+            except BaseException:
+                ours.close()
+                raise
+
+    def _send(self, wish: Mapping[str, object], fds: Sequence[int]) -> None:
+        if self._folder is not None:
+            self._control.connect(socket_in(self._folder))
         # In a file: so it is taken as a whole or not at all, whenever who reads it is killed.
         with os.fdopen(os.memfd_create("hpcft-wish"), "wb") as file:
             file.write(json.dumps(wish).encode())
             file.flush()
             socket.send_fds(self._control, [b"?"], [file.fileno(), *fds])
 
-    async def ready(self) -> None:
-        """Wait until it has imported what it was to import so far, or has ended."""
-        loop = asyncio.get_running_loop()
-        async with self._asking:
-            with contextlib.suppress(OSError):
-                self._ask({"ready": True})
-                await loop.sock_recv(self._control, 8)
-
     def kill(self) -> None:
-        """Have nothing be forked any more."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+        """Have nothing be forked any more by a process of our own."""
+        if self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
 
     def flush(self) -> None:
-        """Wait until all that was written is in the log, unless something else holds the pipes."""
+        """Nothing is to be forked any more: wait until all that was written is in the log.
+
+        Unless something else holds the pipes.
+        """
+        for fd in self._outputs:
+            os.close(fd)
         for pump in self._pumps:
             pump.join(0.5)

@@ -24,8 +24,11 @@ from hpcft.world.progress import Progress
 #: Environment variables by which the shepherd hands its rank the two descriptors.
 LINK_FD = "HPCFT_LINK_FD"
 PROGRESS_FD = "HPCFT_PROGRESS_FD"
-#: And by which it hands the warm process the connection that it asks for ranks over.
+#: And by which the warm process is handed the socket over which it is asked for ranks, and told
+#: what to preload, and which process has started it.
 CONTROL_FD = "HPCFT_CONTROL_FD"
+PRELOAD = "HPCFT_PRELOAD"
+STARTED_BY = "HPCFT_STARTED_BY"
 #: Has a rank write the stacks of all its threads to its log.
 STACKS_SIGNAL = signal.SIGRTMIN + 6
 

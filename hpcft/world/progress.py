@@ -48,6 +48,8 @@ class Reading:
 
 _LAYOUT = struct.Struct("=QQQQ")
 _NAME = "hpcft-progress"
+#: Where the page says which process has made it: the shepherd.
+_SHEPHERD, _PID = 64, struct.Struct("=Q")
 #: Where the mutex is in the page; far more than any libc's takes is left for it.
 _MUTEX, _MUTEX_SIZE = 128, 128
 _PTHREAD_PROCESS_SHARED = _PTHREAD_MUTEX_ROBUST = 1
@@ -84,6 +86,7 @@ class Progress:
         fd = os.memfd_create(_NAME)
         os.ftruncate(fd, mmap.PAGESIZE)
         page = cls(fd)
+        _PID.pack_into(page._page, _SHEPHERD, os.getpid())
         attributes = ctypes.create_string_buffer(_MUTEX_SIZE)
         libc = page._libc
         libc.pthread_mutexattr_init(attributes)
@@ -166,11 +169,23 @@ def peek(pid: int) -> Reading | None:
     -------
     None if it is no rank, not this user's, or gone.
     """
+    page = _page_of(pid)
+    return Reading.of(page) if page else None
+
+
+def shepherd_of(pid: int) -> int | None:
+    """The process that looks after rank ``pid``, which need not be its parent; None as above."""
+    page = _page_of(pid)
+    return int(_PID.unpack_from(page, _SHEPHERD)[0]) if page else None
+
+
+def _page_of(pid: int) -> bytes:
+    """What is in the page before the mutex; empty if there is none to be seen."""
     try:
         for entry in os.scandir(f"/proc/{pid}/fd"):
             if os.readlink(entry.path).startswith(f"/memfd:{_NAME} "):
                 with open(entry.path, "rb") as page:
-                    return Reading.of(page.read(_LAYOUT.size))
+                    return page.read(_MUTEX)
     except OSError:
         pass
-    return None
+    return b""

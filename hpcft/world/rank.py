@@ -2,8 +2,8 @@
 
 A bystander (:mod:`hpcft.world.bystander`) runs the script, or something else, alone.
 
-``python -m hpcft.world.rank [-m] SCRIPT ARGS...``, started by the rank's shepherd, is the warm
-process that the rank itself is forked from.
+``python -m hpcft.world.rank [-m] SCRIPT ARGS...``, started by the rank's shepherd or the launcher,
+is the warm process that the rank itself is forked from.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from hpcft.errors import HpcftError
 from hpcft.world import bystander, garbage, script, warm
-from hpcft.world.link import CONTROL_FD, STACKS_SIGNAL, Link
+from hpcft.world.link import CONTROL_FD, STACKS_SIGNAL, STARTED_BY, Link
 from hpcft.world.parent import die_with_parent
 from hpcft.world.signals import leave_to_the_shepherd
 from hpcft.world.start import start_mpi
@@ -36,9 +36,11 @@ def leave(code: int) -> NoReturn:
 def main() -> None:
     """Entry of the warm process, and of the rank."""
     if CONTROL_FD not in os.environ:
-        sys.exit("hpcft.world.rank is started by a shepherd; use python -m hpcft.run")
+        sys.exit("hpcft.world.rank is no command; use python -m hpcft.run")
     leave_to_the_shepherd()
     die_with_parent(signal.SIGKILL)
+    if os.getppid() != int(os.environ.pop(STARTED_BY)):
+        sys.exit("hpcft.world.rank has lost what has started it")
     # Until training begins, or for good if the script is not one of ours.
     garbage.seldom()
     target = sys.argv[1:]

@@ -25,11 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from training import STRIDE, Training, family, undisturbed
+
+from hpcft.world.progress import shepherd_of
 
 _KINDS = ("kill", "double kill", "kill in recovery", "stop", "stop and kill", "spare", "shepherd")
 _WEIGHTS = (4, 2, 4, 3, 1, 1, 1)
@@ -172,8 +172,7 @@ class Run:
         if fault.kind == "spare":
             first = spares[0] if spares else first
         if fault.kind == "shepherd":
-            with contextlib.suppress(psutil.NoSuchProcess):
-                first = psutil.Process(first).ppid()
+            first = shepherd_of(first) or first
         stop = fault.kind.startswith("stop")
         self._hit(first, signal.SIGSTOP if stop else signal.SIGKILL)
         if fault.kind == "kill in recovery":

@@ -16,6 +16,7 @@ import pytest
 from training import PROGRAM, Training, family, kill_at_start, wait_for
 
 from hpcft.telemetry import laps
+from hpcft.world.progress import shepherd_of
 
 Launch = Callable[..., Training]
 
@@ -141,7 +142,7 @@ def test_a_rank_whose_shepherd_is_killed_is_replaced(
 ) -> None:
     run = launch("--nproc", "3", "--spares", "1")
     run.wait_for_step(10)
-    shepherd = psutil.Process(run.entry(victim)["pid"]).ppid()
+    shepherd = shepherd_of(run.entry(victim)["pid"])
     os.kill(shepherd, signal.SIGKILL)
     summary = run.finish()
     assert summary["params_sha256"] == undisturbed
@@ -152,7 +153,7 @@ def test_a_rank_whose_shepherd_is_killed_is_replaced(
 def test_a_run_that_loses_its_first_shepherd_and_fails_says_so(launch: Launch) -> None:
     run = launch("--nproc", "2", "--on-failure", "substitute")
     run.wait_for_step(10)
-    os.kill(psutil.Process(run.entry(0)["pid"]).ppid(), signal.SIGKILL)
+    os.kill(shepherd_of(run.entry(0)["pid"]), signal.SIGKILL)
     summary = run.finish(code=3)
     assert summary["result"] == "failed"
     assert "no spare is left" in summary["reason"]
@@ -243,7 +244,7 @@ def test_a_rank_that_dies_while_starting_ends_the_launch(tmp_path: Path, victim:
 
 
 def test_a_shepherd_that_dies_while_the_ranks_start_ends_the_launch(tmp_path: Path) -> None:
-    kill_at_start(tmp_path, 1, "hpcft.run", after=1.5)
+    kill_at_start(tmp_path, 1, shepherd_after=1.5)
     environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
     run = Training(tmp_path / "run", ["--nproc", "3"], environ=environ).start()
     assert run.process.wait(60) != 0

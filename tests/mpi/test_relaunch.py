@@ -9,11 +9,11 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
-from training import Training, family, kill_all, launched, running, wait_for
+from training import Training, family, kill_all, launched, running, wait_for, warm
 
 from hpcft.ckpt import near
+from hpcft.world.progress import shepherd_of
 
 Launch = Callable[..., Training]
 
@@ -58,20 +58,19 @@ def test_everything_lost_is_started_again(launch: Launch, tmp_path: Path, undist
     program = ["--pace", "0.1", "--until", str(go)]
     run = launch("--nproc", "3", "--spares", "1", *checkpointed(tmp_path), program=program)
     run.wait_for_step(11)
-    shepherds = {psutil.Process(entry["pid"]).ppid() for entry in run.ranks()}
+    shepherds = {shepherd_of(entry["pid"]) for entry in run.ranks()}
     kill_all(run)
     launched(run, 2)
     # The same shepherds; and a spare is a spare again.
-    assert {psutil.Process(entry["pid"]).ppid() for entry in run.ranks()} == shepherds
+    assert {shepherd_of(entry["pid"]) for entry in run.ranks()} == shepherds
     assert [entry["role"] for entry in run.ranks()] == ["active"] * 3 + ["spare"]
     # What is started again heals in place as before.
     run.send(1)
     wait_for("the recovery", lambda: any(e["kind"] == "recovered" for e in run.events()))
-    # Its mpiexec is lost, and the warm processes as well: for once it can do without.
+    # Its mpiexec is lost, and the warm process as well: for once it can do without.
     ranks = {entry["pid"] for entry in run.ranks()}
-    for process in [*running(run, "ticket.py"), *running(run, "hpcft.world.rank")]:
-        if process.pid not in ranks:
-            process.kill()
+    for process in [*running(run, "ticket.py"), *warm(run)]:
+        process.kill()
     run.wait_for_step(run.step() + 10)
     assert {entry["pid"] for entry in run.ranks()} == ranks
     kill_all(run)
