@@ -94,7 +94,7 @@ class Child:
 
     def kill(self) -> None:
         """Kill the rank and all processes it has started."""
-        for pid in self._family():
+        for pid in self.family():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -114,12 +114,12 @@ class Child:
     def cpu_seconds(self) -> float:
         """Processor time the rank and its descendants have used so far."""
         ticks = 0
-        for pid in self._family():
+        for pid in self.family():
             with contextlib.suppress(OSError):
                 fields = _stat(pid)
                 ticks += int(fields[11]) + int(fields[12])
         return ticks / os.sysconf("SC_CLK_TCK")
 
-    def _family(self) -> list[int]:
+    def family(self) -> list[int]:
         """The rank and all processes it has started."""
         return [] if self.pid is None else [self.pid, *descendants(self.pid)]

@@ -22,7 +22,7 @@ from hpcft.ckpt.errand import Errand
 from hpcft.ckpt.near import NearStore
 from hpcft.launch import memory
 from hpcft.launch.channel import Message
-from hpcft.launch.child import Child, descendants
+from hpcft.launch.child import Child
 from hpcft.launch.chronicle import Chronicle
 from hpcft.launch.courier import Courier
 from hpcft.launch.crew import Crew
@@ -110,6 +110,12 @@ class Thrift:
         said = self._fleet.said("warming").items()
         return {rank for rank, fact in said if fact["warming"]} & self._fleet.here()
 
+    @property
+    def _now_held(self) -> int:
+        """Bytes of memory that the rank's process has to itself."""
+        pid = self._child.pid
+        return 0 if pid is None else memory.held(pid)
+
     def _tell_all(self, warming: bool) -> None:
         """That this one does, if that is news."""
         rank = self._fleet.rank
@@ -121,7 +127,7 @@ class Thrift:
     def renew(self) -> None:
         """Others train now."""
         spare = self._fleet.rank not in self._crew.active
-        for pid in (self._child.pid, *descendants(self._child.pid)):
+        for pid in self._child.family():
             # Where that is not allowed the kernel chooses as ever.
             with contextlib.suppress(OSError):
                 score = _EXPENDABLE if spare else _NEEDED
@@ -171,7 +177,7 @@ class Thrift:
         if self._told is None and self._coolable:
             self._told = now
             self._spare_patience.given_up(now)
-            self._held = memory.held(self._child.pid) if self._bare is not None else 0
+            self._held = self._now_held if self._bare is not None else 0
             self._tell({"kind": "warmth", "bare": True})
             return
         # It may be in the middle of its script, which goes on to where it can be left.
@@ -230,7 +236,7 @@ class Thrift:
             return
         former, self._bare = self._bare, bare
         self._tell_all(False)
-        held = memory.held(self._child.pid)
+        held = self._now_held
         self._held = max(self._held, held)
         if bare:
             self._need = self._held - held
