@@ -99,7 +99,8 @@ class Dealing:
     def begin(self) -> Share:
         """This rank's part in the step that begins."""
         if self.sampler is None:
-            self._share = Share(1, self._world.size)
+            # Who goes on without a rank that is lost corrects for that itself.
+            self._share = Share(1, self.ranks)
         else:
             # Exact also where the ranks' batches differ in size.
             self._share = Share(self.sampler.local_count, self.sampler.global_count)
