@@ -67,6 +67,8 @@ def test_a_cold_spare_takes_over_without_a_trace_in_the_parameters(
     run = launch("--spares", "1", steps=60)
     run.wait_for_step(3)
     short(group, run)
+    # What it is to make again needs memory; it is not given any by itself for a while.
+    group.limit(1 << 40)
     run.send(1)
     wait_for("the recovery", lambda: events(run, "recovered"), PATIENCE)
     (tmp_path / "hurry").touch()
