@@ -47,7 +47,7 @@ def rank_main(args: argparse.Namespace) -> None:
     from hpcft.ckpt.restore import load
     from hpcft.ckpt.save import Saver
     from hpcft.ckpt.store import Store
-    from hpcft.train.checkpoints import CommRanks
+    from hpcft.train.comm_ranks import CommRanks
 
     comm = MPI.COMM_WORLD
     address = f"tcp://127.0.0.1:{args.port}"

@@ -17,7 +17,7 @@ from statistics import median
 
 from mpi4py import MPI
 
-from hpcft.train.checkpoints import CommRanks
+from hpcft.train.comm_ranks import CommRanks
 from hpcft.train.sampler import ElasticBatchSampler
 from hpcft.train.shares import Place, Speed, Weights, better
 

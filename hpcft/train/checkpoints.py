@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from mpi4py import MPI
 
 from hpcft.ckpt import device, scattered, tree
@@ -19,206 +16,20 @@ from hpcft.ckpt._engine import Engine
 from hpcft.ckpt.errand import Errand
 from hpcft.ckpt.index import Damaged
 from hpcft.ckpt.lock import Lock, Standing
-from hpcft.ckpt.near import NearStore, Tier, step_of
 from hpcft.ckpt.policy import Policy
-from hpcft.ckpt.ranks import Alone, Memory
+from hpcft.ckpt.ranks import Alone
 from hpcft.ckpt.restore import load
-from hpcft.ckpt.save import Save, SaveFailed, Saver
+from hpcft.ckpt.save import SaveFailed, Saver
 from hpcft.ckpt.scattered import Scattered
-from hpcft.ckpt.store import METRICS, STATE, Checkpoint, Store, shard
+from hpcft.ckpt.store import Checkpoint, Store
 from hpcft.errors import HpcftError
-from hpcft.train.rhythm import FILES, Past, Rhythm
-from hpcft.train.series import After, Hooks, Series
-from hpcft.train.state import State, dump
-from hpcft.train.state import load as undump
-from hpcft.train.transfer import COUNTABLE
+from hpcft.train.comm_ranks import CommRanks
+from hpcft.train.drains import Drains
+from hpcft.train.near import Near
+from hpcft.train.rhythm import FILES, Past, Report, Rhythm
+from hpcft.train.series import NICENESS, Hooks, Series, nothing
+from hpcft.train.state import State
 from hpcft.world.link import Link
-from hpcft.world.requests import wait_all
-
-#: Only what training leaves of the processors; a disk is slower than that almost always.
-_NICENESS = 19
-#: Of messages beside those of the script, which uses the same communicator.
-_TAG = 32_012
-
-Report = Callable[[str, int, dict[str, Any]], None]
-
-
-class CommRanks:
-    """The ranks of a communicator, as a :class:`hpcft.ckpt.save.Saver` takes them.
-
-    Nothing received is used before it is certain that the communicator was whole: Open MPI 5.0 has
-    been seen to cut a collective short without an error.
-    """
-
-    def __init__(self, comm: MPI.Intracomm) -> None:
-        self._comm = comm
-        self.rank: int = comm.rank
-        self.size: int = comm.size
-
-    def _certain(self) -> None:
-        if self._comm.Is_revoked():
-            raise MPI.Exception(MPI.ERR_REVOKED)
-
-    def share(self, value: Any) -> Any:
-        """Rank 0's value, in all."""
-        package = dump(value) if self.rank == 0 else b""
-        length = np.array([len(package)], np.int64)
-        self._comm.Bcast(length, 0)
-        self._certain()
-        buffer = np.frombuffer(package, np.uint8) if package else np.empty(length[0], np.uint8)
-        self._comm.Bcast([buffer, MPI.BYTE], 0)
-        self._certain()
-        return value if self.rank == 0 else undump(buffer.tobytes())
-
-    def least(self, number: int) -> int:
-        """The least of all ranks' numbers."""
-        found = np.array([number], np.int64)
-        self._comm.Allreduce(MPI.IN_PLACE, found, MPI.MIN)
-        self._certain()
-        return int(found[0])
-
-    def gather(self, value: Any) -> list[Any]:
-        """All ranks' values, by rank, in rank 0."""
-        package = np.frombuffer(dump(value), np.uint8)
-        lengths = np.zeros(self.size, np.int64)
-        self._comm.Allgather(np.array([package.size], np.int64), lengths)
-        self._certain()
-        everything = np.empty(int(lengths.sum()) if self.rank == 0 else 0, np.uint8)
-        into = [everything, lengths.tolist(), MPI.BYTE] if self.rank == 0 else None
-        self._comm.Gatherv([package, MPI.BYTE], into, 0)
-        self._certain()
-        if self.rank:
-            return []
-        ends = np.cumsum(lengths)
-        return [
-            undump(everything[end - n : end].tobytes())
-            for end, n in zip(ends.tolist(), lengths.tolist(), strict=True)
-        ]
-
-    def exchange(
-        self, outgoing: Sequence[Sequence[Memory]], incoming: Sequence[Sequence[Memory]]
-    ) -> None:
-        """Move bytes between ranks."""
-        requests = [
-            self._comm.Irecv([piece, MPI.BYTE], peer, _TAG) for peer, piece in _messages(incoming)
-        ]
-        requests += [
-            self._comm.Isend([piece, MPI.BYTE], peer, _TAG) for peer, piece in _messages(outgoing)
-        ]
-        wait_all(requests)
-        self._certain()
-
-
-def _messages(memories: Sequence[Sequence[Memory]]) -> Iterator[tuple[int, Memory]]:
-    """The memory for each rank, in pieces MPI can count."""
-    for peer, pieces in enumerate(memories):
-        for memory in pieces:
-            for begin in range(0, memory.size, COUNTABLE):
-                yield peer, memory[begin : begin + COUNTABLE]
-
-
-class Near:
-    """The checkpoints of one tier near the ranks.
-
-    Parameters
-    ----------
-    number: of the tier, as the shepherds count them.
-    link: to the shepherd, which has copies made on another node; None if there is none.
-    past: what has been so far.
-    beginning: called when a save begins.
-
-    Attributes
-    ----------
-    drained_step: of the one that a spare is to write to the directory; -1 for none.
-    offered: in rank 0 the names of those that were, by the present ranks.
-    """
-
-    def __init__(
-        self,
-        number: int,
-        tier: Tier,
-        policy: Policy,
-        link: Link | None,
-        report: Report,
-        waiting: Callable[[], AbstractContextManager[None]],
-        past: Past,
-        beginning: Callable[[], None],
-    ) -> None:
-        self._about_to_begin = beginning
-        self.store = NearStore(Path(tier.path))
-        self._number = number
-        self._link = link
-        self._report = report
-        #: The name of the last that was written, and of the last that other nodes have as well.
-        self._last = self._safe = ""
-        self._told = self._failing = False
-        self.drained_step = -1
-        self.offered: set[str] = set()
-        # An engine of its own, for that of the parallel file system may be draining for minutes.
-        engine = Engine(policy.memory, niceness=_NICENESS)
-        self._saver = Saver(self.store, Alone(), engine, policy.timeout, "per-rank")
-        hooks = Hooks(
-            _nothing, self._written, self._failed, _nothing, waiting, self._after, self._beginning
-        )
-        #: In the history.
-        self.name = f"near {number}"
-        rhythm = _rhythm(self.name, tier, past, report)
-        self.series = Series(self._saver, tier.every, tier.timed, policy.overlap, hooks, rhythm)
-
-    def _written(self, save: Save) -> None:
-        """Have copies made of what this rank has written."""
-        # In a thread, for the kernel takes its time to free gigabytes.
-        Errand(lambda: self.store.clear(save.folder))
-        self._last, self._failing = save.folder.name, False
-        rank = self._saver.ranks.rank
-        # The last says that all is there.
-        own = [shard(rank)] if rank else [METRICS, shard(rank), STATE]
-        files = [name for name in own if (save.folder / name).exists()]
-        drained = save.step == self.drained_step
-        if drained and rank == 0:
-            self.offered.add(self._last)
-        if self._link:
-            self._link.send(
-                "copy", tier=self._number, checkpoint=self._last, files=files, drained=drained
-            )
-
-    def _after(self) -> After:
-        if not (self._last and self._link):
-            return After.THROUGH
-        why = self._link.copied.get(self._last)
-        if why is None:
-            return After.UNDER_WAY
-        if why and not self._told:
-            self._told = True
-            self._report("copies failed", step_of(self._last), {"why": why})
-        return After.LACKING if why else After.THROUGH
-
-    def _beginning(self, through: bool) -> None:
-        self._about_to_begin()
-        if through:
-            self._safe = self._last or self._safe
-        # One that lacks copies is no reason to remove the one before; who is new knows of none.
-        ranks = self._saver.ranks
-        known = ranks.share(ranks.gather((self._last, self._safe)))
-        self.store.kept = frozenset(chain.from_iterable(known))
-
-    def await_copies(self) -> None:
-        """Wait until another save can begin."""
-        while self._after() is After.UNDER_WAY:
-            time.sleep(0.001)
-
-    def restored(self, name: str) -> None:
-        """Training goes on from one so called."""
-        self._safe = name
-
-    def _failed(self, step: int, error: SaveFailed) -> None:
-        if step == self.drained_step:
-            # Another can be chosen.
-            self.drained_step = -1
-        # Every few steps the same would drown everything else, such as that memory is too small.
-        if self._saver.ranks.rank == 0 and not self._failing:
-            self._report("save failed", step, {"why": error.message})
-        self._failing = True
 
 
 class Checkpoints:
@@ -255,33 +66,42 @@ class Checkpoints:
         self._report = report
         self._link = link
         self._store = Store(Path(policy.directory), lock)
-        engine = Engine(policy.memory, bandwidth=policy.bandwidth, niceness=_NICENESS)
+        engine = Engine(policy.memory, bandwidth=policy.bandwidth, niceness=NICENESS)
         self._saver = Saver(self._store, Alone(), engine, policy.timeout, policy.layout)
-        self.beginning: Callable[[], None] = _nothing
+        self.beginning: Callable[[], None] = nothing
         hooks = Hooks(
             self._committed,
-            _nothing,
+            nothing,
             self._failed,
             self._skipped,
             waiting,
-            beginning=lambda through: self.beginning(),
+            beginning=lambda step, through: self.beginning(),
             elsewhere=self._elsewhere if drained else None,
         )
         self._past = Past(self._store.path, nodes)
-        rhythm = _rhythm(FILES, policy, self._past, report)
+        rhythm = Rhythm.of(FILES, policy, self._past, report)
         self._series = Series(
             self._saver, policy.every, policy.timed, policy.overlap, hooks, rhythm
         )
         self._near = [
-            Near(number, tier, policy, link, report, waiting, self._past, lambda: self.beginning())
+            Near(
+                number,
+                tier,
+                policy,
+                link,
+                report,
+                waiting,
+                self._past,
+                beginning=lambda: self.beginning(),
+                # What the nodes do not keep for each other is soon in the directory.
+                lacking=self._series.expect,
+            )
             for number, tier in enumerate(policy.near)
         ]
-        #: What spares are to drain, and of what they have rank 0 is committing.
-        self._drained = self._near[0] if drained else None
-        self._taking: Errand[None] | None = None
-        #: The step of the newest that a spare has written, in rank 0; and of the one that it was
-        #: asked for and has not answered yet.
-        self._drained_step = self._awaited_step = -1
+        self._drains: Drains | None = None
+        if drained and link:
+            near = self._near[0]
+            self._drains = Drains(self._store, self._series, near, link, report, self._retain)
         self._layout: tuple[str, str] | None = None
         self._everybody: CommRanks | None = None
         #: Whether this rank has a part in saving, and whether it saves without the others.
@@ -491,10 +311,10 @@ class Checkpoints:
             with contextlib.suppress(OSError):
                 self._saver.send(self._store.note_near)
         for near in self._near:
-            # Some copies may have gone with a node.
-            near.series.attach(ranks, state.step, soon=True)
+            near.attach(ranks, state.step)
         self._series.attach(ranks, state.step, soon=False)
-        self._begin_drains(ranks.rank == 0)
+        if self._drains:
+            self._drains.begin(first=ranks.rank == 0)
         # In memory, in all ranks that train; if there is but one it goes with the node.
         elsewhere = int(ranks.size > 1 and not state.sharded())
         for number, series in enumerate(self._all):
@@ -512,13 +332,14 @@ class Checkpoints:
         """
         self._everybody = CommRanks(comm) if comm else None
         for near in self._near if saves else ():
-            near.series.attach(Alone(), state.step, soon=True)
+            near.attach(Alone(), state.step)
         if saves == self._saves and self._alone:
             # As before; a save that is under way goes on.
             return
         self._saves, self._alone = saves, True
         self._series.attach(Alone(), state.step, soon=False)
-        self._begin_drains(saves)
+        if self._drains:
+            self._drains.begin(first=saves)
 
     def drop(self) -> None:
         """Give up checkpoints that are not yet on their way into the store."""
@@ -530,7 +351,7 @@ class Checkpoints:
         self.drop()
         for series in self._all:
             series.wait()
-        self._await_taking()
+        self._await_drains()
 
     def before_update(self) -> None:
         """The parameters are about to change: wait until they are copied."""
@@ -550,9 +371,8 @@ class Checkpoints:
         """
         for series in self._all if self._saves else ():
             series.edge(state, metrics)
-        if self._drained and self._saves:
-            self._choose_drained(self._drained)
-            self._take_in_drained(self._drained)
+        if self._drains and self._saves:
+            self._drains.edge()
 
     def save(self, state: State, overlap: bool) -> None:
         """The script asks for a save; collective, between two steps.
@@ -573,9 +393,9 @@ class Checkpoints:
         """
         for near in self._near:
             near.series.wait()
-        self._await_taking()
-        if self._drained and self._link and self._saves and self._saver.ranks.rank == 0:
-            self._link.send("finishing")
+        self._await_drains()
+        if self._drains and self._saves and self._saver.ranks.rank == 0:
+            self._drains.finish()
         if self._saves:
             self._series.finish(state)
         assert self._everybody is not None
@@ -656,77 +476,12 @@ class Checkpoints:
             for old in self._policy.retention.surplus(self._store.committed()):
                 self._store.discard(old)
 
-    # -- what spares write ---------------------------------------------------------------------
-
-    def _begin_drains(self, first: bool) -> None:
-        """The ranks are others: what spares have been asked to write before is nobody's."""
-        if not self._drained:
-            return
-        self._drained.drained_step = self._drained_step = self._awaited_step = -1
-        self._drained.offered.clear()
-        if self._link:
-            self._link.drained.clear()
-        if first:
-            # What is coming in at this moment is whole: it does not matter which comes first.
-            Errand(self._store.sweep_drains)
-
-    def _choose_drained(self, near: Near) -> None:
-        """Of the saves near the ranks choose the one that a spare is to write; all do alike.
-
-        That is the first of each interval, if the spare has answered for the one before.
-        """
-        if near.drained_step < self._series.since <= near.series.begun:
-            near.drained_step = self._awaited_step = near.series.begun
-
-    def _take_in_drained(self, near: Near) -> None:
-        """Commit what a spare says it has written, in another thread; in rank 0."""
-        if not (self._link and self._link.drained) or (self._taking and not self._taking.done):
-            return
-        said = self._link.drained.pop(0)
-        name = said["checkpoint"]
-        if not said["folder"]:
-            self._answered(step_of(name))
-        elif name in near.offered:
-            near.offered.remove(name)
-            if self._series.rhythm:
-                self._series.rhythm.meter.spared(said["seconds"])
-            self._taking = Errand(lambda: self._take_in(said))
-
-    def _answered(self, step: int) -> None:
-        if self._awaited_step == step:
-            self._awaited_step = -1
-
-    def _take_in(self, said: dict[str, Any]) -> None:
-        folder, step, seconds, spare = (said[n] for n in ("folder", "step", "seconds", "world"))
-        why = ""
-        try:
-            if step > self._series.step:
-                checkpoint = self._store.take_in(folder, step)
-                self._series.step = self._drained_step = step
-                detail = {"path": str(checkpoint.path), "seconds": seconds, "world": spare}
-                self._report("checkpoint", step, detail)
-                self._retain()
-            else:
-                self._store.refuse(folder)
-                why = f"what spare {spare} has written of step {step} comes too late: the ranks "
-                why += f"have saved step {self._series.step} themselves"
-        except OSError as error:
-            why = f"what spare {spare} has written of step {step} is not committed: {error}"
-        finally:
-            self._answered(step)
-        if why:
-            self._report("drain failed", step, {"why": why, "world": spare})
-
-    def _await_taking(self) -> None:
-        if self._taking:
-            with contextlib.suppress(OSError):
-                self._taking.result(self._policy.timeout)
-
     def _elsewhere(self, since: int) -> tuple[bool, bool]:
-        assert self._drained is not None
-        # One that could not be saved near the ranks is not waited for.
-        ready = self._awaited_step < 0 or self._drained.drained_step < 0
-        return self._drained_step >= since, ready
+        return self._drains.elsewhere(since) if self._drains else (False, False)
+
+    def _await_drains(self) -> None:
+        if self._drains:
+            self._drains.wait(self._policy.timeout)
 
     def _failed(self, step: int, error: SaveFailed) -> None:
         if self._saver.ranks.rank == 0:
@@ -749,14 +504,3 @@ class _Source:
     where: str
     found: Checkpoint | Scattered
     near: Near | None = None
-
-
-def _rhythm(name: str, tier: Tier | Policy, past: Past, report: Report) -> Rhythm | None:
-    """That of a tier whose interval is found out in the run; None if the user has said it."""
-    if tier.longest is None:
-        return None
-    return Rhythm(name, tier.every, tier.longest, past, report)
-
-
-def _nothing(*_: object) -> None:
-    """What many hooks do."""

@@ -16,11 +16,16 @@ from typing import Any
 
 from hpcft.ckpt import interval
 from hpcft.ckpt.history import Habit, History
+from hpcft.ckpt.near import Tier
+from hpcft.ckpt.policy import Policy
 
 #: Steps without a save, and saves, by which costs are known: medians, for scripts do other things
 #: now and then, such as to evaluate the model.
 _QUIET_STEPS = 256
 _SAVES = 5
+
+#: Told what has happened: kind, step, detail.
+Report = Callable[[str, int, dict[str, Any]], None]
 
 #: The tier of the files; those near the ranks are called after their number.
 FILES = "files"
@@ -194,7 +199,7 @@ class Rhythm:
         first: float,
         longest: float,
         past: Past,
-        report: Callable[[str, int, dict[str, Any]], None],
+        report: Report,
     ) -> None:
         self.meter = Meter()
         self.nearer = 0
@@ -203,6 +208,13 @@ class Rhythm:
         self._longest = longest
         self._past = past
         self._report = report
+
+    @classmethod
+    def of(cls, name: str, tier: Tier | Policy, past: Past, report: Report) -> Rhythm | None:
+        """That of a tier whose interval is found out in the run; None if the user has said it."""
+        if tier.longest is None:
+            return None
+        return cls(name, tier.every, tier.longest, past, report)
 
     def every(self, step: int) -> float:
         """Seconds to the next save; in rank 0."""

@@ -15,6 +15,9 @@ from hpcft.ckpt.store import Checkpoint
 from hpcft.train.rhythm import Rhythm
 from hpcft.train.state import State
 
+#: Of what moves the bytes: only what training leaves of the processors; a disk is slower than that
+#: almost always.
+NICENESS = 19
 #: A step to which nobody comes.
 NEVER = 1 << 62
 #: Steps by which the time of a step is measured.
@@ -38,6 +41,10 @@ class After(enum.Enum):
     THROUGH = _NONE
 
 
+def nothing(*_: object) -> None:
+    """What many hooks do."""
+
+
 @dataclass(frozen=True)
 class Hooks:
     """What a series tells, and asks.
@@ -48,7 +55,7 @@ class Hooks:
     skipped: one of this step was not begun, and why; in every rank.
     waiting: is entered around what may wait for other ranks.
     after: what has become of the last one that was written.
-    beginning: another is begun, and whether all ranks were through with the last.
+    beginning: another is begun, of which step, and whether all ranks were through with the last.
     elsewhere: whether somebody else has made one of this step or a later one, so that the ranks
         are spared what is due; and whether the next can be asked for. Rank 0 says. None: there is
         nobody else.
@@ -60,7 +67,7 @@ class Hooks:
     skipped: Callable[[int, str], None]
     waiting: Callable[[], AbstractContextManager[None]]
     after: Callable[[], After] = lambda: After.THROUGH
-    beginning: Callable[[bool], None] = lambda through: None
+    beginning: Callable[[int, bool], None] = lambda step, through: None
     elsewhere: Callable[[int], tuple[bool, bool]] | None = None
 
 
@@ -180,6 +187,10 @@ class Series:
         self._collect()
         if self.rhythm:
             self.rhythm.meter.edge(began, before, self._save)
+
+    def expect(self, step: int) -> None:
+        """One is due at the edge of this step, whatever was planned; to be called in all ranks."""
+        self._next = step
 
     def save(self, state: State, overlap: bool) -> None:
         """The script asks for a save; collective, between two steps.
@@ -332,7 +343,7 @@ class Series:
     def _begin(self, state: State, overlap: bool) -> None:
         if self._timed:
             self._schedule_next(state.step)
-        self._hooks.beginning(self._through)
+        self._hooks.beginning(state.step, self._through)
         began = time.monotonic()
         content = state.to_tree(frozen=overlap)
 

@@ -10,7 +10,7 @@ from mpi4py import MPI
 
 from hpcft.errors import INTERRUPTED, HpcftError
 from hpcft.train.buckets import Buckets
-from hpcft.train.checkpoints import CommRanks
+from hpcft.train.comm_ranks import CommRanks
 from hpcft.train.dealing import Dealing, OnShrink
 from hpcft.train.departing import Departing, Leaving, Replacing
 from hpcft.train.dry import DrySteps
