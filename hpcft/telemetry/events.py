@@ -184,21 +184,20 @@ def read(path: Path) -> Iterator[Event]:
 def skim(path: Path, kind: str) -> list[Event]:
     """The first event of a log, the last, and those of one kind; of a long log little is parsed."""
     found: list[Event] = []
-    last = ""
+    #: The last two lines since then; the very last may be torn.
+    ends: list[str] = []
     if not path.exists():
         return found
     with path.open() as file:
         for line in file:
-            if found and f'"{kind}"' not in line:
-                # The end of a line that was torn is no event.
-                last = line if line.endswith("}\n") else last
-            elif event := _parsed(line):
-                if not found or event.kind == kind:
-                    found.append(event)
-                last = ""
-    if event := _parsed(last):
-        found.append(event)
-    return found
+            event = _parsed(line) if not found or f'"{kind}"' in line else None
+            if event and (not found or event.kind == kind):
+                found.append(event)
+                ends = []
+            else:
+                ends = [*ends[-1:], line]
+    last = next((event for line in reversed(ends) if (event := _parsed(line))), None)
+    return [*found, last] if last else found
 
 
 def _parsed(text: str) -> Event | None:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hpcft.telemetry import events as log
@@ -75,6 +75,8 @@ _KINDS = st.lists(
 
 
 @given(_KINDS, st.integers(0, 60))
+@example(["start", "checkpoint"], 1)
+@example(["start", "finish", "checkpoint"], 2)
 def test_a_skimmed_log_has_its_ends_and_one_kind(
     tmp_path_factory: pytest.TempPathFactory, kinds: list[str], torn: int
 ) -> None:
