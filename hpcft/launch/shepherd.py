@@ -543,6 +543,7 @@ class Shepherd:
                 self._courier,
                 self._use_spare,
                 self._chronicle,
+                lambda: self._stragglers.step,
                 coolable=options.mode.name != "async",
             )
             self._tasks.append(asyncio.ensure_future(self._thrift.keep()))

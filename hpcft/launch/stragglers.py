@@ -102,6 +102,11 @@ class Stragglers:
         """Who is under suspicion, by world rank."""
         return {rank for rank, fact in self._fleet.said("slow").items() if fact["slow"]}
 
+    @property
+    def step(self) -> int:
+        """The last of which some rank has told how long it took."""
+        return max((note.step for note in self._notes.values()), default=0)
+
     # -- this shepherd's rank ------------------------------------------------------------------
 
     def lapped(self, lap: Message) -> None:
@@ -216,10 +221,9 @@ class Stragglers:
             "compute_s": round(seconds, 6),
             "others_s": round(others, 6),
         }
-        step = max((note.step for note in self._notes.values()), default=0)
         self._announce("slow", world, slow=False, factor=seconds / others)
         text = f"spare {world} on {host} is as fast as the others again: {_ms(seconds)} in a step"
-        event = Event("straggler over", step, epoch=self._crew.epoch, detail=detail)
+        event = Event("straggler over", self.step, epoch=self._crew.epoch, detail=detail)
         self._chronicle.note(event, text)
 
     def _consider(self) -> None:

@@ -53,6 +53,7 @@ class Thrift:
     stores, courier: what this machine keeps of other nodes', and who takes that in.
     evaluate: has the spare's evaluator run, or not.
     chronicle: writes down what is given up.
+    step: how far training is.
     coolable: a spare can let go of what its script has made.
 
     Attributes
@@ -71,6 +72,7 @@ class Thrift:
         courier: Courier,
         evaluate: Callable[[], None],
         chronicle: Chronicle,
+        step: Callable[[], int],
         coolable: bool,
     ) -> None:
         self._fleet = fleet
@@ -82,6 +84,7 @@ class Thrift:
         self._courier = courier
         self._evaluate = evaluate
         self._chronicle = chronicle
+        self._step = step
         self._coolable = coolable
         self.short = False
         self._ration = Ration()
@@ -266,8 +269,7 @@ class Thrift:
         room = self._room
         assert room is not None
         detail |= {"free": room.free, "limit": room.limit, "where": room.where}
-        step = max((note["step"] for note in self._fleet.said("pace").values()), default=0)
-        return Event(kind, step, epoch=self._crew.epoch, detail=detail)
+        return Event(kind, self._step(), epoch=self._crew.epoch, detail=detail)
 
 
 def _mib(size: int) -> str:

@@ -12,7 +12,15 @@ from hpcft.telemetry.beginnings import begun_at
 from hpcft.telemetry.events import ANEW, ENDS, Event
 
 Kind = Literal[
-    "failure", "spare failure", "relaunch", "resize", "restart", "checkpoint", "straggler", "end"
+    "failure",
+    "spare failure",
+    "relaunch",
+    "resize",
+    "restart",
+    "checkpoint",
+    "straggler",
+    "memory",
+    "end",
 ]
 
 #: Events of checkpoints that somebody should know of, and what they say.
@@ -23,6 +31,13 @@ _TROUBLE = {
     "drain failed": "a spare could not write a checkpoint for the ranks",
     "copies failed": "a checkpoint near the ranks is on no other node",
     "occupied": "another run still used the checkpoints' directory",
+}
+
+#: Events of memory that became short, and that was there again.
+_MEMORY = {
+    "spare cooled": "memory was short on {host}: it let go of what its script had made",
+    "spare warmed": "there was memory again on {host}: it is warm",
+    "copies given up": "memory was short on {host}: what it had of others' checkpoints is gone",
 }
 
 
@@ -87,6 +102,17 @@ def _of_chapter(events: Sequence[Event], launch: int, found: list[Incident]) -> 
             found.append(Incident(kind, event.time, event.step, launch, _who(event), cause))
         elif event.kind in ("straggler", "straggler over", "replaced"):
             _of_straggler(event, launch, found)
+        elif event.kind in _MEMORY:
+            found.append(
+                Incident(
+                    "memory",
+                    event.time,
+                    event.step,
+                    launch,
+                    _who(event) if "world" in detail else "",
+                    _MEMORY[event.kind].format_map({"host": "?", **detail}),
+                )
+            )
         elif event.kind in ("resume", "recovered"):
             _healed(event, failed.get(event.epoch, []), found)
         elif event.kind in ANEW:

@@ -26,6 +26,7 @@ _KINDS = {
     "save failed": "trouble with a checkpoint",
     "restore": "restored",
     "slow": "slower than the others",
+    "memory": "memory short, or there again",
     "chaos": "fault on purpose",
     "end": "end",
 }

@@ -22,6 +22,7 @@ Kind = Literal[
     "save failed",
     "restore",
     "slow",
+    "memory",
     "chaos",
     "end",
 ]
@@ -39,6 +40,9 @@ _OF_RUN: dict[str, tuple[Kind, str]] = {
     "unsaved": ("save failed", "the last step, {step}, could not be saved"),
     "relaunch": ("relaunch", "step {step}: all ranks were started again: {reason}"),
     "resize": ("resize", "step {step}: all ranks were launched anew: {reason}"),
+    "spare cooled": ("memory", "memory was short on {host}: spare {world} is cold"),
+    "spare warmed": ("memory", "there is memory again on {host}: spare {world} is warm"),
+    "copies given up": ("memory", "memory was short on {host}: it gave up its copies"),
     "chaos": ("chaos", "hpcft chaos at step {step}: {order}, {who}"),
     "finish": ("end", "finished at step {step}"),
     "interrupted": ("end", "interrupted at step {step}: {reason}"),
