@@ -6,11 +6,17 @@ such a call. So training sends a thread and waits for it only so long.
 
 from __future__ import annotations
 
+import asyncio
+import math
 import threading
+import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+#: Seconds between two looks of who must not wait in a thread.
+_LOOK = 0.05
 
 
 class Errand(Generic[T]):
@@ -37,6 +43,13 @@ class Errand(Generic[T]):
     def done(self) -> bool:
         """Whether the call has ended."""
         return not self._thread.is_alive()
+
+    async def answered(self, seconds: float = math.inf) -> bool:
+        """Wait for the call's end, or so many seconds; whether it has ended."""
+        deadline = time.monotonic() + seconds
+        while not self.done and time.monotonic() < deadline:
+            await asyncio.sleep(_LOOK)
+        return self.done
 
     def result(self, timeout: float | None = None) -> T:
         """What the call has returned, or raised.

@@ -207,8 +207,7 @@ class Roll:
         while True:
             # In a thread: a file system that hangs must not keep the shepherd.
             looking = Errand(lambda: self._rundir.roll(self._task.launch))
-            while not looking.done:
-                await asyncio.sleep(_BEAT / 10)
+            await looking.answered()
             with contextlib.suppress(OSError, ValueError):
                 if where := looking.result():
                     return where

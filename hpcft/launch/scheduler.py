@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import sys
-import time
 from functools import partial
-from typing import Any
 
 from hpcft.ckpt.errand import Errand
 from hpcft.errors import INTERRUPTED, TooFewRanks
@@ -52,8 +49,7 @@ class Scheduler:
     async def grace(self) -> float:
         """Seconds from a warning until Slurm may end the job: the least of those there may be."""
         asking = Errand(partial(_least_grace, self._step))
-        await _answered(asking, _ASKING_TIME)
-        return asking.result() if asking.done else 0.0
+        return asking.result() if await asking.answered(_ASKING_TIME) else 0.0
 
     def concluded(self, code: int, most: int, lost: frozenset[str]) -> None:
         """The run is over: have the job start again where that helps.
@@ -112,18 +108,11 @@ async def retire_drained(fleet: Fleet, min_ranks: int) -> None:
         hosts = {rank: host for rank, host in fleet.hosts.items() if rank in standing}
         # A controller that does not answer must not keep the shepherd.
         asking = Errand(partial(nodes.draining, set(hosts.values())))
-        await _answered(asking)
+        await asking.answered()
         going = {rank for rank, host in hosts.items() if host in asking.result()}
         if len(standing - going) >= min_ranks:
             for rank in going - fleet.known("retire"):
                 fleet.announce("retire", rank, reason=f"{hosts[rank]} is drained")
-
-
-async def _answered(asking: Errand[Any], seconds: float = math.inf) -> None:
-    """Wait for an answer, or so long."""
-    deadline = time.monotonic() + seconds
-    while not asking.done and time.monotonic() < deadline:
-        await asyncio.sleep(0.1)
 
 
 def _least_grace(step: Step) -> float:

@@ -82,6 +82,8 @@ _ASKED = tuple(128 + number for number in ENDS + WARNINGS)
 _TOO_MUCH = TooFewRanks.exit_code
 #: Seconds after which it is said that a run that was asked to end is still in a step.
 _STEP_TIME = 10.0
+#: Seconds in which it can be written down how a run has ended.
+_WRITING_TIME = 30.0
 #: Seconds of the time that Slurm leaves a run that are not for uploading it.
 _REST_TIME = 5.0
 #: Seconds in which all ranks must have started MPI, and those that go by before the last of them
@@ -312,18 +314,30 @@ class Shepherd:
 
     async def _tell_of_the_end(self, code: int) -> None:
         """For all: why the run has failed, and whether it is to start again."""
-        if code not in (0, INTERRUPTED):
-            deaths, reason = self.outcome.deaths(), self.outcome.why()
-            self._chronicle.failed(reason, deaths, self._as_launched(), self._near)
-        if code == INTERRUPTED and self._handed_over:
-            self._chronicle.interrupted(self.outcome.wish, self.step)
-        history.add(self._rundir)
+        writing = Errand(lambda: self._write_the_end(code))
+        if await writing.answered(_WRITING_TIME):
+            writing.result()
+        else:
+            # Nobody else would end a process that waits for ever.
+            print(
+                f"hpcft: {self._rundir.path} does not answer: how the run has ended is not in it",
+                file=sys.stderr,
+                flush=True,
+            )
         # Slurm ends a job that it is to start again at once.
         await self._have_it_uploaded()
         if self._scheduler and not self._task.of_another_job:
             if self._options.most_requeues is not None:
                 self._scheduler.concluded(code, self._options.most_requeues, self.lost)
             self._scheduler.end_deserted(self.lost)
+
+    def _write_the_end(self, code: int) -> None:
+        if code not in (0, INTERRUPTED):
+            deaths, reason = self.outcome.deaths(), self.outcome.why()
+            self._chronicle.failed(reason, deaths, self._as_launched(), self._near)
+        if code == INTERRUPTED and self._handed_over:
+            self._chronicle.interrupted(self.outcome.wish, self.step)
+        history.add(self._rundir)
 
     @property
     def _uploads(self) -> bool:
@@ -406,8 +420,7 @@ class Shepherd:
             if self.fleet:
                 return
             looking = Errand(lambda: self._rundir.called_off(self._task.launch))
-            while not looking.done:
-                await asyncio.sleep(_START_LOOK / 10)
+            await looking.answered()
             if looking.result():
                 self._start_failed(_CALLED_OFF)
             elif siblings.missing(time.monotonic()):
