@@ -20,6 +20,7 @@ from hpcft.ckpt.restore import load
 from hpcft.ckpt.store import Store
 from hpcft.report import story
 from hpcft.report.record import Status
+from hpcft.world.progress import shepherd_of
 
 Launch = Callable[..., Training]
 
@@ -144,10 +145,12 @@ def checkpoints(run: Training, writer: int | None, after: int = 0) -> list[int]:
 def drainer(run: Training, spare: int) -> psutil.Process:
     """The process that writes checkpoints beside a spare."""
     pid = next(entry["pid"] for entry in run.ranks() if entry["world"] == spare)
-    shepherd = psutil.Process(pid).parent()
-    assert shepherd is not None
-    # Nothing else is as nice.
-    [found] = [child for child in shepherd.children() if child.nice() == 19]
+    [found] = [
+        process
+        for process in map(psutil.Process, family(run.run_dir))
+        # Nothing else of the shepherd's is as nice.
+        if shepherd_of(process.pid) == shepherd_of(pid) and process.nice() == 19
+    ]
     return found
 
 
