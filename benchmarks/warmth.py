@@ -149,10 +149,9 @@ def restart(args: argparse.Namespace, folder: str) -> Stages:
         killed = _kill(run.process.pid, *below)
         with _saving(args, folder) as again:
             end, pid = _first_after(again, killed)
-            shepherd = psutil.Process(pid).parent()
-            assert shepherd is not None
-            warm = [one for one in shepherd.children() if one.pid != pid]
-            return _of_start(again, killed, end, pid, min(born(one.pid) for one in warm))
+            below = psutil.Process(again.process.pid).children()
+            warm = [one.pid for one in below if "hpcft.world.rank" in one.cmdline()]
+            return _of_start(again, killed, end, pid, min(map(born, warm)))
 
 
 def torchrun(args: argparse.Namespace) -> Stages:
