@@ -83,7 +83,7 @@ class Hpcft:
 
     def __init__(self, folder: Path, pool: int) -> None:
         self.engine = Engine(pool, niceness=19)
-        self.store = Store(folder / "hpcft")
+        self.store = Store(folder / "hpcft").create()
         self.saver = Saver(self.store, Alone(), self.engine)
         self.step = 0
 

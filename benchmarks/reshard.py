@@ -71,6 +71,8 @@ def rank_main(args: argparse.Namespace) -> None:
     folder, engine = Path(args.dir), Engine(512 << 20)
     store, near, ranks = Store(folder / "hpcft"), NearStore(memory(folder)), CommRanks(comm)
     if args.role == "save":
+        if comm.rank == 0:
+            store.create()
         for number, tensor in enumerate(state.values()):
             tensor.to_local().copy_(expected(number, tensor))
         for saver in (Saver(store, ranks, engine), Saver(near, ranks, engine, layout="per-rank")):

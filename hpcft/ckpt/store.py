@@ -42,6 +42,7 @@ from hpcft.ckpt import evaluated
 from hpcft.ckpt.files import flush_directory
 from hpcft.ckpt.lock import Lock, Standing
 from hpcft.errors import HpcftError
+from hpcft.telemetry.folder import make_folder
 
 #: The file of a checkpoint that holds the state, or says where it is.
 STATE = "state.h5"
@@ -123,31 +124,41 @@ def read_metrics(folder: Path) -> dict[str, float]:
 
 
 class Store:
-    """The checkpoints under ``path``, which is made if it does not exist.
+    """The checkpoints under ``path``.
 
     Parameters
     ----------
     lock: without which nothing is begun or removed; None if nobody else can be writing here.
-
-    Raises
-    ------
-    HpcftError: it cannot be made.
     """
 
     def __init__(self, path: Path, lock: Lock | None = None) -> None:
         self.path = path
         self._lock = lock
+
+    def create(self) -> Store:
+        """Make the directory if it does not exist; returns this.
+
+        Raises
+        ------
+        HpcftError: it cannot be made.
+        """
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
         except OSError as error:
             raise HpcftError(
                 f"the checkpoint directory cannot be made: {error}", "give another --ckpt-dir"
             ) from error
+        return self
 
     def committed(self) -> list[Checkpoint]:
-        """All checkpoints, oldest step first."""
+        """All checkpoints, oldest step first; none if there is no such directory.
+
+        Raises
+        ------
+        OSError: it cannot be looked through.
+        """
         found = []
-        for entry in self.path.iterdir():
+        for entry in self.path.iterdir() if self.path.exists() else ():
             if match := _COMMITTED.fullmatch(entry.name):
                 found.append(Checkpoint(int(match[1]), int(match[2] or 1), entry))
         return sorted(found)

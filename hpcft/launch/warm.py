@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from hpcft.telemetry.folder import make_folder
 from hpcft.world.link import CONTROL_FD, PRELOAD, STARTED_BY
 
 #: Seconds between two attempts to ask, when too many others do.
@@ -130,7 +131,7 @@ class Warm:
         log: Path,
         shared: Path | None = None,
     ) -> None:
-        log.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(log.parent)
         self._log = log.open("ab", buffering=0)
         #: Which output also goes to our own stdout and stderr, and under what name.
         self.echo = False

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from hpcft.telemetry.folder import make_folder
+
 #: Buckets of a histogram to each doubling of the time: 9 % from one to the next.
 _TO_A_DOUBLING = 8
 _NAME = re.compile(r"rank-\d+\.jsonl")
@@ -90,7 +92,7 @@ def append(folder: Path, laps: Iterable[Lap]) -> None:
     ------
     OSError: they cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for lap in laps:
         text = json.dumps(asdict(replace(lap, metrics=_finite(lap.metrics))))
         with open(folder / f"rank-{lap.world}.jsonl", "a", encoding="utf-8") as file:

@@ -29,6 +29,7 @@ from typing import Any
 
 from hpcft.telemetry import events as log
 from hpcft.telemetry.events import Event
+from hpcft.telemetry.folder import make_folder
 
 #: Bytes from the end of a log in which a traceback is looked for; logs may be huge.
 _LOG_END = 1 << 20
@@ -108,7 +109,8 @@ class RunDirectory:
         ------
         OSError: it cannot be made or written to.
         """
-        (self.path / "logs").mkdir(parents=True, exist_ok=True)
+        make_folder(self.path / "logs")
+        make_folder(self.laps_folder)
         own = {self.log_file(world) for world in range(size)}
         former = set((self.path / "logs").glob("rank-*.log")) - own
         former |= set(self.laps_folder.glob("rank-*.jsonl"))

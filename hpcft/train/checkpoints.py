@@ -173,11 +173,12 @@ class Checkpoints:
         Raises
         ------
         HpcftError: there are checkpoints and none is good, or it does not fit the state; or
-            another run uses the directory.
+            another run uses the directory, or it cannot be made.
         MPI.Exception: a rank has failed.
         """
         ranks = CommRanks(comm)
         if ranks.rank == 0:
+            Errand(self._store.create).result()
             self._have_lock(comm)
         sources = self._sources(ranks)
         # Nobody trains meanwhile, but the other ranks may spin: not with the niceness of saves.

@@ -251,7 +251,7 @@ class Fuzzer:
         for layout in LAYOUTS:
             place = folder / layout / "case"
             place.mkdir(parents=True)
-            store = Store(folder / layout / "good")
+            store = Store(folder / layout / "good").create()
             save = Saver(store, Alone(), self._engine, layout=layout).begin(3, _STATE)
             while not save.advance():
                 pass

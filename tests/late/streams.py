@@ -28,7 +28,7 @@ BEHIND, COPY = 200, 5
 def trial(folder: Path, pool: int) -> bool:
     late.set_delay(0)
     tensor, two, zero = (torch.full((MIB,), value).to("late") for value in (1.0, 2.0, 0.0))
-    engine, store = Engine(pool, chunk=MIB // 8), Store(folder)
+    engine, store = Engine(pool, chunk=MIB // 8), Store(folder).create()
     saver = Saver(store, Alone(), engine)
     late.set_delay(BEHIND)
     tensor.copy_(two)

@@ -112,6 +112,23 @@ def test_what_a_checkpoint_needs_of_it_holds(folder: Path, cluster: Cluster) -> 
     assert elsewhere("print(open(path).read())") == "late"
 
 
+def test_nodes_may_make_the_same_directory_at_once(cluster: Cluster, folder: Path) -> None:
+    # With plain mkdir some of these are not the same on all servers, and good for nobody.
+    folder.mkdir()
+    program = (
+        "import pathlib, time; from hpcft.telemetry.folder import make_folder\n"
+        "start = time.time() // 2 * 2 + 4\n"
+        "for i in range(100):\n"
+        "    time.sleep(max(0, start + i * 0.02 - time.time()))\n"
+        f"    make_folder(pathlib.Path({str(folder)!r}, str(i), 'logs'))\n"
+        f"    pathlib.Path({str(folder)!r}, str(i), 'logs', str(time.time_ns())).touch()"
+    )
+    done = cluster.run("srun", "-N4", sys.executable, "-c", program)
+    assert done.returncode == 0, done.stderr
+    assert len(list(folder.glob("*"))) == 100
+    assert len(list(folder.glob("*/logs/*"))) == 400
+
+
 def test_its_kind_is_told(folder: Path) -> None:
     folder.mkdir()
     assert filesystem.at(folder) == filesystem.FileSystem("fuse.glusterfs")

@@ -112,7 +112,7 @@ def task(tmp_path: Path, **given: Any) -> Task:
 
 def saved(folder: Path, count: int) -> list[Path]:
     """The files of so many checkpoints."""
-    saver = Saver(Store(folder), Alone(), Engine(16 << 20))
+    saver = Saver(Store(folder).create(), Alone(), Engine(16 << 20))
     state = hpcft.State(model=torch.nn.Linear(300, 300))
     for step in range(1, count + 1):
         state.__dict__["step"] = step

@@ -106,7 +106,7 @@ def plain(value: Any) -> Any:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    store = Store(tmp_path / "checkpoints")
+    store = Store(tmp_path / "checkpoints").create()
     save(store, example())
     return store.path
 
@@ -292,7 +292,7 @@ def test_any_state_survives_dcp(state: dict[str, Any]) -> None:
 
 
 def survives(place: Path, state: dict[str, Any]) -> None:
-    path = save(Store(place / "from"), state)
+    path = save(Store(place / "from").create(), state)
     code = main(["ckpt", "export", str(path), str(place / "dcp"), "--format", "dcp"])
     if code:
         # DCP joins keys by dots, and then cannot tell some apart.
@@ -642,7 +642,7 @@ def test_ctrl_c_leaves_no_half_written_target(
 
 @pytest.mark.usefixtures("sigint")
 def test_an_import_broken_off_leaves_nothing(tmp_path: Path) -> None:
-    store = Store(tmp_path / "to")
+    store = Store(tmp_path / "to").create()
     save(store, {"model": {"w": torch.ones(3)}}, 1)
     slow = Engine(4 << 20, chunk=1 << 20, bandwidth=4 << 20)
 
@@ -743,7 +743,7 @@ def test_a_kill_between_two_directories_leaves_the_one_before(
 
 
 def test_what_a_killed_import_has_left_is_cleared_away_by_the_next(tmp_path: Path) -> None:
-    store = Store(tmp_path / "to")
+    store = Store(tmp_path / "to").create()
     half_way("killed", "import", store.path)
     left = set(names(store.path))
     assert left
@@ -758,7 +758,7 @@ def test_what_a_killed_import_has_left_is_cleared_away_by_the_next(tmp_path: Pat
 
 
 def test_an_import_beside_a_save_takes_nothing_of_it(tmp_path: Path) -> None:
-    store = Store(tmp_path / "to")
+    store = Store(tmp_path / "to").create()
     slow = Engine(4 << 20, chunk=1 << 20, bandwidth=16 << 20)
     theirs = Saver(store, Alone(), slow).begin(5, {"model": {"w": torch.randn(2 << 20)}})
     torch.save({"w": torch.ones(4)}, tmp_path / "w.pt")
@@ -773,7 +773,7 @@ def test_an_import_beside_a_save_takes_nothing_of_it(tmp_path: Path) -> None:
 def test_a_checkpoint_written_over_meanwhile_is_noticed(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    store = Store(folder)
+    store = Store(folder).create()
     with opened(store.committed()[0].state) as checkpoint:
         leaves = Leaves(checkpoint, ENGINE, lambda moved, total: None)
         store.discard(store.committed()[0])
@@ -813,7 +813,7 @@ def test_memory_is_bounded() -> None:
     tensor, count = 4 << 20, 64
     state = {"model": {f"w{i}": torch.full((tensor // 4,), float(i)) for i in range(count)}}
     with in_memory() as place:
-        save(Store(place / "from"), state)
+        save(Store(place / "from").create(), state)
         commands = [
             f"export {place}/from {place}/x.safetensors --format safetensors",
             f"export {place}/from {place}/dcp --format dcp",

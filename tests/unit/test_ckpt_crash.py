@@ -32,7 +32,7 @@ from hpcft.ckpt._engine import Engine
 from hpcft.ckpt.ranks import Alone
 from hpcft.ckpt.save import Saver
 from hpcft.ckpt.store import Store, files
-store = Store(Path(sys.argv[1]))
+store = Store(Path(sys.argv[1])).create()
 # Without io_uring, whose writes strace does not see.
 saver = Saver(store, Alone(), Engine(4 << 20, chunk=65536, depth=0), layout=sys.argv[2])
 for step in (1, 2, 3):
@@ -58,7 +58,7 @@ from hpcft.ckpt.near import NearStore
 from hpcft.ckpt.ranks import Alone
 from hpcft.ckpt.save import Saver
 from hpcft.ckpt.store import METRICS, STATE, Store, shard
-store, near = Store(Path(sys.argv[1])), NearStore(Path(sys.argv[1] + "-near"))
+store, near = Store(Path(sys.argv[1])).create(), NearStore(Path(sys.argv[1] + "-near"))
 gathered = near.gathering("0")
 engine = Engine(4 << 20, chunk=65536, depth=0)
 saver = Saver(near, Alone(), engine, layout="per-rank")

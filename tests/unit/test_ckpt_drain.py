@@ -76,7 +76,7 @@ def near(tmp_path: Path) -> NearStore:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "far")
+    return Store(tmp_path / "far").create()
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def names(store: Store) -> list[str]:
 def test_it_is_the_file_that_the_ranks_would_have_written(
     near: NearStore, store: Store, tmp_path: Path, cut: list[Placement] | None
 ) -> None:
-    theirs = Store(tmp_path / "theirs")
+    theirs = Store(tmp_path / "theirs").create()
     save(theirs, cut, "shared")
     found = newest(gather(near, save(near, cut, "per-rank")))
     assert found

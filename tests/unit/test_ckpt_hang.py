@@ -24,7 +24,7 @@ PATIENCE = 0.5
 def saver(disk: Disk) -> Saver:
     # The pool is much smaller than the state, and the disk slow enough to be frozen in between.
     engine = Engine(2 << 20, chunk=1 << 20, bandwidth=16 << 20)
-    return Saver(Store(disk.path / "checkpoints"), Alone(), engine, PATIENCE)
+    return Saver(Store(disk.path / "checkpoints").create(), Alone(), engine, PATIENCE)
 
 
 def state(value: float) -> dict[str, torch.Tensor]:

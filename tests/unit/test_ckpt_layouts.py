@@ -59,7 +59,7 @@ def save(folder: Path, ranks: int, state: dict[str, Any], steps: int = 1) -> Pat
     """Save with so many ranks, so many times; the newest file. Others are discarded."""
 
     def one(player: Player) -> None:
-        store = Store(folder)
+        store = Store(folder).create()
         saver = Saver(store, player, ENGINE, layout="per-rank")
         for step in range(1, steps + 1):
             saving = saver.begin(step, state)
@@ -274,7 +274,7 @@ def test_a_rank_that_cannot_write_its_file_fails_the_save(tmp_path: Path) -> Non
 def test_rank_0_chooses_by_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(folder: Path) -> list[Any]:
         def one(player: Player) -> Any:
-            saver = Saver(Store(folder), player, ENGINE, layout="auto")
+            saver = Saver(Store(folder).create(), player, ENGINE, layout="auto")
             saving = saver.begin(1, example())
             while not saving.advance():
                 pass
@@ -322,7 +322,7 @@ def test_the_sub_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert sum(piece["bytes"] for piece in leaf["pieces"]) == leaf["bytes"]
     assert main(["ckpt", "show", str(path)]) == 0
     assert "layout per-rank: 4 files" in capsys.readouterr().out
-    other = Saver(Store(tmp_path / "other"), Alone(), ENGINE).begin(1, example())
+    other = Saver(Store(tmp_path / "other").create(), Alone(), ENGINE).begin(1, example())
     while not other.advance():
         pass
     other.finish()

@@ -143,7 +143,7 @@ def test_any_plain_tree_comes_back(
     tmp_path_factory: pytest.TempPathFactory, state: dict[str, Any]
 ) -> None:
     folder = tmp_path_factory.mktemp("tree")
-    assert same(state, load(save(Store(folder), state), ENGINE)[1])
+    assert same(state, load(save(Store(folder).create(), state), ENGINE)[1])
     shutil.rmtree(folder)
 
 
@@ -278,7 +278,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_said_and_leaves_what_was_committed(small_disk: Path) -> None:
-    store = Store(small_disk / "checkpoints")
+    store = Store(small_disk / "checkpoints").create()
     saver = Saver(store, Alone(), ENGINE)
     state = {"w": torch.arange(400_000)}
     good = save(store, state, 1, saver)

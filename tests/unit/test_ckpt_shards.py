@@ -217,7 +217,7 @@ def save(
     layout: Layout = "shared",
 ) -> Path:
     def one(ranks: Player) -> None:
-        saver = Saver(Store(folder), ranks, ENGINE, layout=layout)
+        saver = Saver(Store(folder).create(), ranks, ENGINE, layout=layout)
         saving = saver.begin(3, state(mesh, placements, ranks.rank))
         saving.wait_copied()
         while not saving.advance():

@@ -31,7 +31,7 @@ STATE = {"model": {"w": torch.arange(SIZE // 8)}}
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "checkpoints")
+    return Store(tmp_path / "checkpoints").create()
 
 
 def slowly(store: Store) -> Saver:

@@ -19,7 +19,7 @@ from hpcft.cli.main import main
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Three checkpoints, of which the second differs from the first in one tensor."""
-    store = Store(tmp_path / "checkpoints")
+    store = Store(tmp_path / "checkpoints").create()
     saver = Saver(store, Alone(), Engine(4 << 20, chunk=1 << 20))
     state = {"model": {"a": torch.zeros(30_000), "b": torch.ones(3, 4).bfloat16()}, "lr": 0.1}
     for step in (10, 20, 30):

@@ -42,7 +42,7 @@ def save(store: Store, step: int, loss: float) -> Checkpoint:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "saved")
+    return Store(tmp_path / "saved").create()
 
 
 def settle(checkpoint: Checkpoint, **found: float) -> None:

@@ -30,6 +30,7 @@ class Training:
         self._shepherd.setblocking(False)
         self._heard = b""
         self._link = Link(theirs, Progress.create())
+        (folder / "saved").mkdir()
         policy = Policy(
             *(str(folder / "saved"), 10**6, False, Retention(3), 16 << 20, 0, False, 60.0),
             near=(Tier(2, False, str(folder / "near")),),

@@ -19,7 +19,7 @@ from hpcft.train.series import Hooks, Series
 
 
 def test_a_save_that_fails_when_the_next_is_due_is_not_the_last(disk: Disk) -> None:
-    saver = Saver(Store(disk.path / "checkpoints"), Alone(), Engine(16 << 20))
+    saver = Saver(Store(disk.path / "checkpoints").create(), Alone(), Engine(16 << 20))
     failed: list[int] = []
     hooks = Hooks(
         committed=lambda checkpoint, seconds: None,

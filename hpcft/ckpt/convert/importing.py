@@ -149,7 +149,7 @@ def commit(
     for left in abandoned(directory, _PREFIX):
         shutil.rmtree(left, ignore_errors=True)
     with claimed(directory, _PREFIX) as path:
-        own = Store(path)
+        own = Store(path).create()
         saver = Saver(own, Alone(), engine)
         save = None
         try:

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from hpcft.ckpt.store import Store
 
     new = not args.directory.exists()
-    store = Store(args.directory)
+    store = Store(args.directory).create()
     try:
         with (
             locked(args.directory, "hpcft ckpt import"),
