@@ -49,6 +49,7 @@ nodes, and say what comes of it: goodput, where the time goes, how often to save
     hpcft plan --nodes 512 --mtbf-node 150d --sweep spares=0..16    how many spares?
     hpcft plan --nodes 512 --sharded --near-every 1m            state sharded, kept near the ranks
     hpcft plan --nodes 512 --restart --relaunch 10m             without recovery in place
+    hpcft plan --nodes 512 --risk                               as often as your nodes have failed
     hpcft plan --from RUN --nodes 512                           with the times that RUN has measured
     hpcft plan --trace RUN --spares 2                           RUN's failures, another setting
     hpcft plan --nodes 512 --sweep ckpt-every=1m..4h --plot plan.html
@@ -233,6 +234,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             added.add_argument(
                 f"--{option.name}", type=option.kind, metavar=metavar, help=option.help + said
             )
+    groups[Hazards].add_argument(
+        "--risk",
+        action="store_true",
+        help="nodes fail as often as they do by the record, which `hpcft risk` shows",
+    )
     add = groups[Stack].add_argument
     add("--sharded", action="store_true", help="a lost rank's state is on no other rank")
     add(
@@ -344,6 +350,13 @@ def _given(args: argparse.Namespace, told: _Told | None, traced: _Told | None) -
         raise HpcftError(
             f"{told.path} has nothing to tell: its training never began", "name another run"
         )
+    if args.risk:
+        if args.mtbf_node is not None or traced:
+            raise UsageError(
+                "--risk says how often nodes fail, as --mtbf-node and --trace do",
+                "give one of these",
+            )
+        args.mtbf_node = _risk()
     given: dict[str, float] = {}
     for group in _GROUPS:
         for option in group.options:
@@ -360,6 +373,14 @@ def _given(args: argparse.Namespace, told: _Told | None, traced: _Told | None) -
     if traced:
         given |= dict.fromkeys(("mtbf-node", "mtbf-rack", "mtbf-job"), math.inf)
     return given
+
+
+def _risk() -> float:
+    """Seconds between failures of one node, by the record."""
+    from hpcft.foresight import gathering
+
+    with Console(stderr=True).status("reading ...") as status:
+        return gathering.estimate(gathering.gather(status.update)).between
 
 
 def _trace(traced: _Told, ranks_per_node: int) -> tuple[Strike, ...]:
@@ -517,6 +538,8 @@ def _tell(found: Forecast, trace: tuple[Strike, ...] | None, intervals: Interval
     )
     if trace is not None:
         say(f"the failures           {len(trace)} of the run that was named, when it had them")
+    elif math.isfinite(scenario.hazards.node):
+        say(f"a node fails           once in {duration(scenario.hazards.node)}, in the mean")
     low, high = (100 * end for end in found.between)
     say(f"goodput                {_share(found.part)}: the time that goes into steps that count")
     say(f"in 9 of 10 lives       from {low:.2f} to {high:.2f} %")

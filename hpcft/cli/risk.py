@@ -5,33 +5,24 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
-import socket
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from hpcft.ckpt.errand import Errand
 from hpcft.cli import quantities
 from hpcft.cli.output import Column, say, table
-from hpcft.cli.runs import PATIENCE, RUN
-from hpcft.errors import HpcftError, UsageError
-from hpcft.launch.cause import oom_kills
+from hpcft.cli.runs import RUN
+from hpcft.errors import UsageError
 from hpcft.report.amounts import duration
-from hpcft.slurm import records as slurm
 from hpcft.telemetry import uptime
-from hpcft.telemetry.uptime import Stretch
-from hpcft.watch.runs import SILENCE, Jobs, Run, find, known
 
 if TYPE_CHECKING:
     from hpcft.foresight.aging import Aging
     from hpcft.foresight.evidence import Record
-    from hpcft.foresight.rates import Chances, Interval, Rates, Seen
-    from hpcft.foresight.signals import Sign
+    from hpcft.foresight.gathering import Gathered
+    from hpcft.foresight.rates import Chances, Interval, Rates
 
 SUMMARY = "how often nodes fail, by the record, and what a job is to expect"
 
@@ -56,20 +47,8 @@ _EPILOG = """\
 exit code: 0 done; 1 something that was named cannot be read; 2 wrong usage
 """
 
-
-@dataclass(frozen=True)
-class _Gathered:
-    """What there is to go by.
-
-    sources: what was looked at, and what it had, a sentence each.
-    jobs: failures and hours by Slurm's jobs, of which nobody knows whose they were; used where
-        there is no better record of Slurm's.
-    """
-
-    stretches: list[Stretch]
-    sources: list[str]
-    signs: list[Sign]
-    jobs: Seen | None
+#: With which probability spares are to last.
+_SURE = (0.9, 0.99)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,17 +90,18 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"--nodes {args.nodes}", f"it is {max(1, len(named))} or more, or leave it away"
         )
-    from hpcft.foresight import aging, evidence, rates, signals
+    from hpcft.foresight import aging, gathering
 
     with Console(stderr=True).status("reading ...") as status:
-        gathered = _gather(args, status.update)
+        since = None if args.no_slurm else args.since
+        gathered = gathering.gather(
+            status.update, args.runs, args.history, since, live=not args.no_live
+        )
         status.update("computing ...")
-        records = evidence.records(gathered.stretches)
-        base = rates.estimate([record.seen for record in records], gathered.jobs)
+        found = gathering.estimate(gathered)
+        records, now, factors = found.records, found.rates, found.factors
         times = [time for record in records for time in record.times]
         age = aging.fit(times) if times else None
-        factors = signals.factors(gathered.signs)
-        now = base.raised(factors) if factors else base
     nodes = args.nodes or len(named) or max(1, len(records))
     # Where the job is to run is not known, unless it is said; then signs of trouble count.
     whole = nodes == len(records) and not args.nodes and not named
@@ -131,125 +111,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         _tell(gathered, records, now, age, chances, factors)
     return 0
-
-
-def _gather(args: argparse.Namespace, tell: Callable[[str], None]) -> _Gathered:
-    from hpcft.foresight.rates import Seen
-
-    found: list[Stretch] = []
-    sources: list[str] = []
-    signs: list[Sign] = []
-    found += _of_runs(args.runs, sources, signs, tell)
-    found += _of_history(args, sources)
-    jobs = None
-    if not args.no_slurm:
-        tell("asking Slurm ...")
-        own, jobs_told = _of_slurm(args.since, sources, signs)
-        found += own
-        if jobs_told and not own:
-            jobs = Seen("", jobs_told.failed, jobs_told.node_hours)
-    found = [stretch for stretch in found if stretch.hours > 0 or stretch.failed]
-    if not args.no_live:
-        from hpcft.foresight import signals
-
-        signs += signals.here(socket.gethostname(), oom_kills())
-    return _Gathered(found, sources, signs, jobs)
-
-
-def _of_runs(
-    names: list[str], sources: list[str], signs: list[Sign], tell: Callable[[str], None]
-) -> list[Stretch]:
-    """Of those named, or of all."""
-    found: list[Stretch] = []
-    runs = [find(name) for name in names] or known()
-    jobs = Jobs(runs)
-    read = 0
-    for number, run in enumerate(runs):
-        tell(f"reading run {number + 1} of {len(runs)} ...")
-        errand = Errand(lambda run=run: _of_run(run, jobs))  # type: ignore[misc]
-        try:
-            own, sign = errand.result(PATIENCE)
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            if names:
-                raise HpcftError(f"{run.rundir.path} cannot be read: {error}") from error
-            continue
-        read += bool(own)
-        found += own
-        signs += [sign] if sign else []
-    asked = "named" if names else "known here"
-    sources.append(f"{read} of {len(runs)} runs {asked} have something to tell")
-    return found
-
-
-def _of_run(run: Run, jobs: Jobs) -> tuple[list[Stretch], Sign | None]:
-    """What it has seen, and whether it is late, if it runs."""
-    from hpcft.foresight import evidence, signals
-
-    rundir, now = run.rundir, time.time()
-    status = None if rundir.summary() else rundir.status()
-    # Where nobody can tell, a status that is not too old does.
-    alive = bool(status) and run.alive(jobs)
-    if status and alive is None:
-        alive = now - float(status["time"]) < SILENCE
-    begun = run.entry.begun if run.entry else None
-    own = evidence.of_run(run.name, rundir.path, begun, now if alive else None)
-    leader = next((e for e in rundir.ranks() if e.get("logical") == 0), None) if alive else None
-    if not status or not leader:
-        return own, None
-    return own, signals.late(str(leader["host"]), now - float(status["time"]))
-
-
-def _of_history(args: argparse.Namespace, sources: list[str]) -> list[Stretch]:
-    path = args.history or (Path(os.environ[uptime.HISTORY]) if _named() else None)
-    if path is None:
-        sources.append(f"no history: neither --history nor {uptime.HISTORY} names one")
-        return []
-    try:
-        lines = list(uptime.read(path))
-    except FileNotFoundError:
-        if args.history:
-            raise UsageError(f"there is no history {path}", "see --history") from None
-        sources.append(f"the history {path} is not there yet: no run has ended with it")
-        return []
-    except OSError as error:
-        raise HpcftError(f"{path} cannot be read: {error.strerror or error}") from error
-    good = [line for line in lines if line]
-    torn = f"; {len(lines) - len(good)} lines are no good" if len(good) < len(lines) else ""
-    sources.append(f"history {path}: {len(good)} stretches of nodes{torn}")
-    return good
-
-
-def _named() -> bool:
-    return bool(os.environ.get(uptime.HISTORY))
-
-
-def _of_slurm(
-    since: float, sources: list[str], signs: list[Sign]
-) -> tuple[list[Stretch], slurm.Jobs | None]:
-    from hpcft.foresight import evidence
-    from hpcft.foresight.signals import Sign
-
-    states = slurm.states()
-    if not states:
-        sources.append("no Slurm that answers")
-        return [], None
-    for node, (state, reason) in sorted(states.items()):
-        bad = any(word in state for word in ("down", "fail", "drain"))
-        if bad:
-            signs.append(Sign("slurm", node, True, f"Slurm has it as {state}: {reason or '?'}"))
-    now = time.time()
-    outages = slurm.outages(now - since)
-    jobs = slurm.jobs(now - since)
-    said = "Slurm keeps no accounts of its nodes"
-    if outages is not None:
-        unplanned = sum(not outage.planned for outage in outages)
-        said = f"Slurm: {len(states)} nodes, {len(outages)} outages, {unplanned} not planned"
-    if jobs:
-        said += f"; {jobs.failed} jobs ended by nodes in {jobs.node_hours:,.0f} node-hours"
-    sources.append(f"{said} (last {duration(since)})")
-    if outages is None:
-        return [], jobs
-    return evidence.of_slurm(states, outages, now - since, now), jobs
 
 
 def _between(rate: Interval, factor: float, unit: str) -> str:
@@ -263,7 +124,7 @@ def _percent(chance: Interval) -> str:
 
 
 def _tell(
-    gathered: _Gathered,
+    gathered: Gathered,
     records: list[Record],
     rates: Rates,
     age: Aging | None,
@@ -299,6 +160,12 @@ def _tell(
     say(f"    at least one with probability {_percent(chances.any_)}")
     for number in range(4):
         say(f"    exactly {number}: {_percent(chances.exactly(number))}")
+    enough, surely = (chances.at_most(probability) for probability in _SURE)
+    say(
+        f"    spare nodes that last if none is repaired: {enough} with probability "
+        f"{100 * _SURE[0]:g} %, {surely} with {100 * _SURE[1]:g} %; what they are worth says "
+        "hpcft plan --risk"
+    )
     say("")
     _tell_nodes(records, rates, factors)
     if gathered.signs:
@@ -342,7 +209,7 @@ def _tell_nodes(records: list[Record], rates: Rates, factors: dict[str, float]) 
 
 
 def _as_json(
-    gathered: _Gathered,
+    gathered: Gathered,
     records: list[Record],
     rates: Rates,
     age: Aging | None,
@@ -362,6 +229,7 @@ def _as_json(
             "expected": asdict(chances.expected),
             "between": chances.between,
             "any": asdict(chances.any_),
+            "spares": {f"{sure:g}": chances.at_most(sure) for sure in _SURE},
             "exactly": [asdict(chances.exactly(number)) for number in range(11)],
         },
         "nodes": [

@@ -10,11 +10,8 @@ from typing import Any
 from hpcft.ckpt.errand import Errand
 from hpcft.errors import HpcftError
 from hpcft.report.amounts import duration
-from hpcft.watch.runs import Jobs, Run
+from hpcft.watch.runs import PATIENCE, Jobs, Run
 from hpcft.watch.view import View, look
-
-#: Seconds a run's directory may take to be read.
-PATIENCE = 5.0
 
 RUN = """\
 RUN is a run directory (hpcft-runs/...), or a run's name as `hpcft ps --all` shows it, or the number

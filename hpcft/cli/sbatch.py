@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import math
 import re
 import sys
 from pathlib import Path
 
+from rich.console import Console
+
 from hpcft.errors import UsageError
-from hpcft.launch.options import parse
+from hpcft.launch.options import RunOptions, parse
 from hpcft.slurm import cluster
 from hpcft.slurm.batch import Wanted, warning_time, write
 from hpcft.slurm.scontrol import seconds
@@ -17,12 +21,16 @@ from hpcft.telemetry.rundir import RunDirectory
 
 SUMMARY = "write a batch script that fits a training to this cluster"
 
+#: Said in place of a number of spares.
+_AUTO = "auto"
+
 _DESCRIPTION = """\
 Write a batch script for this cluster: its partition's limits, a rank a GPU, the PMIx that srun has,
 and, with --ckpt-dir, a warning early enough to save and a requeue that goes on from there.
 
     hpcft sbatch --nodes 8 --spares 4 --time 4:00:00 --ckpt-dir checkpoints train.py > job.sh
     sbatch job.sh
+    hpcft sbatch --nodes 64 --spares auto --time 1-0 --ckpt-dir checkpoints train.py
 
 Options of hpcft.run go before the script, after --:
     hpcft sbatch --nodes 8 --time 1-0 --ckpt-dir checkpoints -- --ckpt-every 500 train.py --lr 0.1
@@ -36,7 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--nodes", type=int, required=True, metavar="N", help="nodes, those of spares included")
     add("--time", required=True, metavar="TIME", help="time limit, as sbatch takes it: 4:00:00")
-    add("--spares", type=int, metavar="S", help="ranks parked as spares (default: those of a node)")
+    add(
+        "--spares",
+        type=_spares,
+        metavar="S",
+        help="ranks parked as spares, or auto: those of as many nodes as make the most of all of "
+        "them, simulated with the failure rate of `hpcft risk` (default: those of a node)",
+    )
     add(
         "--ranks-per-node",
         type=int,
@@ -65,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     limit = _seconds(args.time)
     for option, value, least in (
         ("--nodes", args.nodes, 1),
-        ("--spares", args.spares, 0),
+        ("--spares", None if args.spares == _AUTO else args.spares, 0),
         ("--ranks-per-node", args.ranks_per_node, 1),
         ("--signal", args.signal, 1),
     ):
@@ -89,6 +103,10 @@ def run(args: argparse.Namespace) -> int:
             "srun has no PMIx here (see `srun --mpi=list`)",
             "ask the site for a Slurm built with it",
         )
+    spares, spares_why = args.spares, ""
+    if spares == _AUTO:
+        ranks = args.ranks_per_node or partition.gpus or 1
+        spares, spares_why = _provided(args, options, ranks, limit)
     warning, why = args.signal, "as asked for"
     if warning is None and args.ckpt_dir:
         warning, why = warning_time(_events(), str(args.ckpt_dir.absolute()))
@@ -97,7 +115,8 @@ def run(args: argparse.Namespace) -> int:
         nodes=args.nodes,
         seconds=limit,
         ranks_per_node=args.ranks_per_node,
-        spares=args.spares,
+        spares=spares,
+        spares_why=spares_why,
         warning=warning,
         account=args.account,
         ckpt_dir=str(args.ckpt_dir) if args.ckpt_dir else None,
@@ -106,6 +125,29 @@ def run(args: argparse.Namespace) -> int:
     )
     sys.stdout.write(write(wanted, partition, mpi, sys.executable, why))
     return 0
+
+
+def _spares(text: str) -> int | str:
+    return text if text == _AUTO else int(text)
+
+
+def _provided(
+    args: argparse.Namespace, options: RunOptions, ranks: int, limit: int
+) -> tuple[int, str]:
+    """How many ranks are to be spares, and why."""
+    if importlib.util.find_spec("scipy") is None:
+        raise UsageError("--spares auto needs scipy", "pip install 'hpcft[foresight]'")
+    from hpcft.foresight import gathering
+    from hpcft.foresight.provision import provision
+
+    with Console(stderr=True).status("reading ...") as status:
+        between = gathering.estimate(gathering.gather(status.update)).between
+        status.update("simulating ...")
+        at_least = min(args.nodes, math.ceil(options.min_ranks / ranks))
+        shrinks = "shrink" in options.on_failure
+        requeued = args.ckpt_dir is not None
+        found = provision(args.nodes, ranks, limit, requeued, between, at_least, shrinks)
+    return found.spares * ranks, found.why
 
 
 def _seconds(text: str) -> int:

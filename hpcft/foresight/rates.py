@@ -130,9 +130,12 @@ class Chances:
     @property
     def between(self) -> tuple[int, int]:
         """As many failures as these, or between them, with 90 % probability."""
+        return self.at_most(0.05), self.at_most(0.95)
+
+    def at_most(self, probability: float) -> int:
+        """With this probability there are no more failures than that."""
         drawn = np.random.default_rng(3).poisson(np.minimum(self._expected, 1e9))
-        low, high = np.quantile(drawn, (0.05, 0.95))
-        return int(low), int(high)
+        return int(np.quantile(drawn, probability))
 
 
 def estimate(seen: Sequence[Seen], pooled: Seen | None = None) -> Rates:

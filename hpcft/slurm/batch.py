@@ -23,6 +23,7 @@ class Wanted:
     seconds: its time limit.
     ranks_per_node: None for one a GPU, or one where there are none.
     spares: ranks that are parked; None for those of a node, if there are several.
+    spares_why: they are as many, and nobody has said so.
     warning: seconds before the time limit that it is warned; None for what saves have taken.
     options: of ``hpcft.run``.
     target: script and arguments, with ``-m`` if it is a module.
@@ -33,6 +34,7 @@ class Wanted:
     seconds: int
     ranks_per_node: int | None
     spares: int | None
+    spares_why: str
     warning: int | None
     account: str | None
     ckpt_dir: str | None
@@ -77,12 +79,13 @@ def write(wanted: Wanted, partition: Partition, mpi: str, python: str, why: str)
     if spares is None:
         spares = ranks if wanted.nodes > 1 else 0
     _check(wanted, partition, ranks, spares)
+    why_so = f": {wanted.spares_why}" if wanted.spares_why else ""
     gpus = partition.gpus > 0 and ranks <= partition.gpus
     lines = {
         f"job-name={wanted.name}": "",
         f"partition={partition.name}": "",
         **({f"account={wanted.account}": ""} if wanted.account else {}),
-        f"nodes={wanted.nodes}": f"{wanted.nodes * ranks} ranks, {spares} of them spares",
+        f"nodes={wanted.nodes}": f"{wanted.nodes * ranks} ranks, {spares} of them spares{why_so}",
         f"ntasks-per-node={ranks}": "a rank a GPU" if gpus else "",
         f"cpus-per-task={max(1, partition.cpus // ranks)}": f"nodes have {partition.cpus}",
         **({f"gpus-per-node={ranks}": ""} if gpus else {}),

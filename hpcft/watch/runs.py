@@ -19,6 +19,8 @@ from hpcft.telemetry.rundir import RunDirectory
 
 #: Seconds of silence after which nobody is taken to write ``status.json`` any more.
 SILENCE = 30.0
+#: Seconds a run's directory may take to be read.
+PATIENCE = 5.0
 
 
 @dataclass(frozen=True)

@@ -242,6 +242,15 @@ def test_the_sbatch_template(cluster: Cluster, shared_path: Path) -> None:
     assert '"result": "ok"' in summary.read_text()
 
 
+def test_spares_as_the_record_of_the_nodes_has_it(cluster: Cluster) -> None:
+    hpcft = [sys.executable, "-m", "hpcft.cli.main", "sbatch", "--nodes", "4", "--time", "60"]
+    done = cluster.run(*hpcft, "--spares", "auto", str(PROGRAM))
+    assert done.returncode == 0, done.stderr
+    # Nothing is worth a quarter of all nodes but nodes that fail all the time.
+    assert "# 4 ranks, 0 of them spares: a node fails once in " in done.stdout
+    assert "--spares 0 " in done.stdout
+
+
 def test_a_job_of_one_node_needs_no_srun(cluster: Cluster, shared_path: Path) -> None:
     script = shared_path / "job"
     script.write_text('#!/bin/sh\nexec "$@"\n')

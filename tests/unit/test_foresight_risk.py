@@ -257,6 +257,11 @@ def test_a_run_adds_itself_to_the_history(
     assert said["nodes"][0]["causes"] == {"killed by SIGBUS": 1}
     assert main.main([*asked[:3], str(rundir.path)]) == 0
     assert "1 of 1 runs named" in capsys.readouterr().out
+    between = 3600 / said["node"]["mean"]
+    assert main.main(["plan", "--nodes", "2", "--days", "1", "--risk", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["scenario"]["hazards"]["node"] == pytest.approx(between)
+    assert set(said["job"]["spares"]) == {"0.9", "0.99"}
     monkeypatch.setenv(uptime.HISTORY, "/proc/nowhere/history")
     history.add(rundir)
     assert "/proc/nowhere" in capsys.readouterr().err

@@ -198,6 +198,7 @@ def wanted(**changes: object) -> Wanted:
         "seconds": 3600,
         "ranks_per_node": None,
         "spares": None,
+        "spares_why": "",
         "warning": 300,
         "account": None,
         "ckpt_dir": "check points",
@@ -237,6 +238,8 @@ def test_a_rank_a_gpu_and_a_node_of_spares() -> None:
     for expected in ("--nodes=2 ", "--ntasks-per-node=4 ", "--cpus-per-task=12 ", "@300"):
         assert expected in text
     assert "--spares 4" in text
+    text = write(wanted(spares=0, spares_why="none fails"), GPU, "pmix_v4", "python", "so it is")
+    assert "# 8 ranks, 0 of them spares: none fails" in text
     assert "--mpi=pmix_v4" in text
 
 
