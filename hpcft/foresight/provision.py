@@ -72,7 +72,8 @@ def provision(
     part = _useful(tried[best][1])
     why = f"a node fails once in {duration(between)}, {_chance(nodes, limit, between)}"
     if best + 1 < len(tried):
-        why += f"; with one more spare node {100 * (part - _useful(tried[best + 1][1])):.1f} % less is done"
+        less = 100 * (part - _useful(tried[best + 1][1]))
+        why += f"; with one more spare node {less:.1f} % less is done"
     return Provision(best, part, why)
 
 
