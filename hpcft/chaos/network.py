@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -12,54 +13,42 @@ from typing import Any
 from hpcft.chaos.faults import Fault, Refused, Task
 from hpcft.errors import HpcftError
 
-#: What the kernel puts there by itself, and again when ours is gone.
-_USUAL = frozenset(("noqueue", "fq_codel", "pfifo_fast", "mq", "fq", "pfifo"))
-#: Of our qdisc, by which it is known to be ours.
-_HANDLE = "c4a0:"
-_BAND = "c4a0:4"
 _TIME = 10.0
 _NO_LINK = "the run is on one host, and its messages cross no link"
+#: Of so many packets a whole number is lost.
+_OF = 100_000
 
 
 class Lossy(Fault):
-    """What this host sends to the run's other hosts is lost in part; others' traffic is not."""
+    """Of what comes in from the run's other hosts a part is lost; others' traffic is not.
+
+    For TCP that is as if it was lost on its way, be it data or what acknowledges data.
+    """
 
     def prepare(self, task: Task) -> dict[str, Any]:
         if not task.peers:
             raise Refused(_NO_LINK)
-        if shutil.which("tc") is None or shutil.which("ip") is None:
-            raise Refused("there is no tc here, which loses packets", "install iproute2")
-        by_device: dict[str, list[str]] = {}
-        for address in task.peers:
-            by_device.setdefault(_device(address), []).append(address)
-        for device in by_device:
-            kinds = {str(one["kind"]) for one in _asked("tc", "-j", "qdisc", "show", "dev", device)}
-            if strange := kinds - _USUAL:
-                raise Refused(
-                    f"{device} has a queueing discipline already: {', '.join(sorted(strange))}",
-                    "it would not be there any more afterwards",
-                )
-        return {"devices": by_device, "percent": task.amount}
+        if shutil.which("nft") is None:
+            raise Refused("there is no nft here, which drops packets", "install nftables")
+        _tables()
+        table = f"hpcft_chaos_{secrets.token_hex(4)}"
+        return {"table": table, "peers": list(task.peers), "percent": task.amount}
 
     def do(self, how: dict[str, Any]) -> None:
-        for device, addresses in how["devices"].items():
-            qdisc = ("tc", "qdisc", "add", "dev", device)
-            # All as ever, in three bands by the packets' priority; only what is filtered out of
-            # that goes to a fourth.
-            _call(*qdisc, "root", "handle", _HANDLE, "prio", "bands", "4")
-            _call(*qdisc, "parent", _BAND, "netem", "loss", f"{how['percent']:g}%")
-            for address in addresses:
-                family, word = ("ipv6", "ip6") if ":" in address else ("ip", "ip")
-                _call(
-                    *("tc", "filter", "add", "dev", device, "parent", _HANDLE, "protocol", family),
-                    *("u32", "match", word, "dst", address, "flowid", _BAND),
-                )
+        lost = f"numgen random mod {_OF} < {round(how['percent'] / 100 * _OF)} drop"
+        lines = [
+            f"table inet {how['table']} {{",
+            "chain incoming {",
+            "type filter hook prerouting priority raw",
+            *(f"{'ip6' if ':' in peer else 'ip'} saddr {peer} {lost}" for peer in how["peers"]),
+            "}",
+            "}",
+        ]
+        _call("nft", "-f", "-", told="".join(f"{line}\n" for line in lines))
 
     def undo(self, how: dict[str, Any]) -> None:
-        for device in how["devices"]:
-            found = _asked("tc", "-j", "qdisc", "show", "dev", device)
-            if any(one.get("handle") == _HANDLE for one in found):
-                _call("tc", "qdisc", "del", "dev", device, "root")
+        if how["table"] in _tables():
+            _call("nft", "delete", "table", "inet", how["table"])
 
 
 class Cut(Fault):
@@ -96,9 +85,10 @@ def _family(address: str) -> str:
     return "-6" if ":" in address else "-4"
 
 
-def _device(address: str) -> str:
-    routes = _asked("ip", "-j", "route", "get", address)
-    return str(routes[0]["dev"])
+def _tables() -> set[str]:
+    """Those of this host."""
+    said = json.loads(_call("nft", "-j", "list", "tables"))
+    return {str(one["table"]["name"]) for one in said["nftables"] if "table" in one}
 
 
 def _asked(*command: str) -> list[dict[str, Any]]:
@@ -109,15 +99,21 @@ def _asked(*command: str) -> list[dict[str, Any]]:
     return found
 
 
-def _call(*command: str) -> str:
+def _call(*command: str, told: str = "") -> str:
     """What a command prints.
+
+    Parameters
+    ----------
+    told: its input.
 
     Raises
     ------
     HpcftError: it fails.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIME, check=False)
+        done = subprocess.run(
+            command, input=told, capture_output=True, text=True, timeout=_TIME, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise HpcftError(f"{' '.join(command)} fails: {error}") from error
     if done.returncode:

@@ -12,7 +12,7 @@ from typing import Any
 
 from hpcft.chaos import notes
 from hpcft.chaos.faults import Fault, Refused, Task
-from hpcft.chaos.processes import rank
+from hpcft.chaos.processes import born, rank
 from hpcft.ckpt import filesystem
 from hpcft.ckpt.index import Damaged
 from hpcft.ckpt.reader import opened
@@ -22,6 +22,9 @@ from hpcft.ckpt.store import Checkpoint, Store
 _RESERVE = 1 << 20
 #: Those of one host alone; any other may have users elsewhere.
 _LOCAL = frozenset(("ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "zfs", "f2fs", "overlay"))
+_CGROUPS = Path("/sys/fs/cgroup")
+#: Of a control group of version 1: what limits its writing, and who is in it.
+_THROTTLE, _PROCESSES = "blkio.throttle.write_bps_device", "cgroup.procs"
 #: Bytes that are made wrong, in one place.
 _WRONG = 64
 
@@ -72,7 +75,11 @@ class Full(Fault):
 
 
 class SlowDisk(Fault):
-    """A limit on what the rank's control group writes; needs root and cgroup v2's io controller."""
+    """A limit on what the rank writes to the disk; needs root.
+
+    With version 2 of control groups that is a limit of the rank's own group, which has to have the
+    io controller. With version 1 (blkio) the rank gets a group of its own below the one it is in.
+    """
 
     def prepare(self, task: Task) -> dict[str, Any]:
         path = _checkpoints(task)
@@ -80,28 +87,68 @@ class SlowDisk(Fault):
         device = os.stat(path).st_dev
         if os.major(device) == 0:
             raise Refused(f"{path} is on no disk of this host")
-        group = Path(f"/proc/{how['pid']}/cgroup").read_text().partition("0::/")[2].strip()
-        file = Path("/sys/fs/cgroup") / group / "io.max"
-        if not os.access(file, os.W_OK):
+        number = _disk(device)
+        speed = int(task.amount * 1e6)
+        groups = {kinds: group for _, kinds, group in _groups(how["pid"])}
+        file = _CGROUPS / groups.get("", "").lstrip("/") / "io.max"
+        if os.access(file, os.W_OK):
+            before = [line for line in file.read_text().splitlines() if line.split()[0] == number]
+            return {
+                "file": str(file),
+                "limit": f"{number} wbps={speed}",
+                "before": before[0] if before else f"{number} wbps=max",
+            }
+        below = [
+            _CGROUPS / kinds / group.lstrip("/")
+            for kinds, group in groups.items()
+            if "blkio" in kinds.split(",")
+        ]
+        if not below or not os.access(below[0] / _THROTTLE, os.W_OK):
             raise Refused(
-                f"{file} cannot be written, by which a disk is made slow",
-                "that takes root, and a control group of the rank's own with the io controller",
+                f"neither {file} can be written, by which a disk is made slow, nor {_THROTTLE}",
+                "that takes root, and control groups with the io or the blkio controller",
             )
-        number = f"{os.major(device)}:{os.minor(device)}"
-        before = [line for line in file.read_text().splitlines() if line.split()[0] == number]
-        return {
-            "file": str(file),
-            "limit": f"{number} wbps={int(task.amount * 1e6)}",
-            "before": before[0] if before else f"{number} wbps=max",
-        }
+        own = below[0] / f"hpcft-chaos-{secrets.token_hex(4)}"
+        return {**how, "own": str(own), "limit": f"{number} {speed}"}
 
     def do(self, how: dict[str, Any]) -> None:
-        Path(how["file"]).write_text(how["limit"])
+        if "file" in how:
+            Path(how["file"]).write_text(how["limit"])
+            return
+        own = Path(how["own"])
+        own.mkdir()
+        (own / _THROTTLE).write_text(how["limit"])
+        if born(how["pid"]) == how["born"]:
+            (own / _PROCESSES).write_text(str(how["pid"]))
 
     def undo(self, how: dict[str, Any]) -> None:
-        # With the group the limit has gone.
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            Path(how["file"]).write_text(how["before"])
+        if "file" in how:
+            # With the group the limit has gone.
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                Path(how["file"]).write_text(how["before"])
+            return
+        own = Path(how["own"])
+        if not own.exists():
+            return
+        # The rank, and what it has started meanwhile.
+        for pid in (own / _PROCESSES).read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                (own.parent / _PROCESSES).write_text(pid)
+        own.rmdir()
+
+
+def _groups(pid: int) -> list[list[str]]:
+    """The control groups of a process: number, controllers, path; of version 2 no controllers."""
+    lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    return [line.split(":", 2) for line in lines]
+
+
+def _disk(device: int) -> str:
+    """What the kernel calls the disk of a file system, of which it may be a part."""
+    there = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+    if (there / "partition").exists():
+        return (there.resolve().parent / "dev").read_text().strip()
+    return there.name
 
 
 class Corrupt(Fault):

@@ -40,11 +40,11 @@ A schedule has a line for each fault: when (after the begin), what, to whom, and
     40s  slow     rank=0 for=20s factor=3      # takes three times as long, by SIGSTOP and SIGCONT
     70s  node     host=n2        # all ranks on a host, and their shepherds
     80s  cut      host=n3 for=10s              # from the run's other hosts; needs root
-    90s  lossy    host=n3 for=20s percent=5    # so many packets are lost; needs root and tc
+    90s  lossy    host=n3 for=20s percent=5    # so many packets are lost; needs root and nft
     2m   memory   rank=2 for=10s percent=80    # of what its control group, or the host, has free
     3m   corrupt  for=1m         # wrong bytes in the last checkpoint but one; newest: in that
     4m   full     for=20s        # no room where checkpoints are; needs --yes
-    5m   slow-disk rank=0 for=20s mbps=5       # needs root and a control group of the rank's own
+    5m   slow-disk rank=0 for=20s mbps=5       # needs root and control groups
     6m   clock    host=n2 for=10s jump=3600    # seconds; needs root and --yes
 
 {RUN}"""

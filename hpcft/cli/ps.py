@@ -26,6 +26,7 @@ nodes and Slurm jobs.
 Every run leaves a file in $XDG_STATE_HOME/hpcft/runs (~/.local/state/hpcft/runs) when it starts.
 states: starting, training, queued (Slurm will start it again), silent (nobody can tell), ok,
 interrupted (asked to end), failed, killed (without a last word), no answer (of its file system).
+ranks: those that train + spares, and how many of these are cold, having given their memory back.
 """
 
 
@@ -72,7 +73,10 @@ def _table(views: list[View]) -> Table:
 
 
 def _size(view: View) -> str:
-    return f"{view.active} + {view.spares}" if view.spares else str(view.active or "")
+    if not view.spares:
+        return str(view.active or "")
+    cold = sum(rank.cold for rank in view.ranks)
+    return f"{view.active} + {view.spares}" + (f" ({cold} cold)" if cold else "")
 
 
 def _where(view: View) -> str:

@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from hpcft.ckpt.errand import Errand
-from hpcft.telemetry.events import Event, slow_now
+from hpcft.telemetry.events import Event, cold_now, slow_now
 from hpcft.telemetry.laps import Tally
 from hpcft.telemetry.rundir import RunDirectory
 from hpcft.telemetry.summary import summarise
@@ -49,7 +49,7 @@ def families(name: str, rundir: RunDirectory, tally: Tally) -> list[Metric]:
     make = _Families(name)
     return [
         *_progress(make, status, events, summary, tally),
-        *_ranks(make, table, summary is not None),
+        *_ranks(make, table, events, summary is not None),
         *_failures(make, told["failures"], events),
         *_stragglers(make, events, summary is not None),
         *_checkpoints(make, events),
@@ -188,10 +188,18 @@ def _progress(
         yield make.gauge("start_timestamp_seconds", "When training began; since 1970.", start.time)
 
 
-def _ranks(make: _Families, table: list[dict[str, Any]], ended: bool) -> Iterator[Metric]:
+def _ranks(
+    make: _Families, table: list[dict[str, Any]], events: list[Event], ended: bool
+) -> Iterator[Metric]:
     roles = Counter(entry["role"] for entry in table if not ended)
+    spares = {entry["world"] for entry in table if entry["role"] == "spare" and not ended}
     yield make.gauge("ranks_training", "Ranks that train.", roles["active"])
     yield make.gauge("spares_left", "Spares that wait.", roles["spare"])
+    yield make.gauge(
+        "spares_cold",
+        "Those of them that have given their memory back, and take longer to take over.",
+        len(spares & cold_now(events)),
+    )
 
 
 def _stragglers(make: _Families, events: list[Event], ended: bool) -> Iterator[Metric]:

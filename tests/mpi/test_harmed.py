@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -83,6 +84,37 @@ def test_what_can_be_borne_is_passed_and_told(launch: Launch, tmp_path: Path) ->
     ]
     assert main(["report", str(run.run_dir)]) == 0
     assert "hpcft chaos at step" in (run.run_dir / "report.html").read_text()
+
+
+@pytest.mark.skipif(
+    not os.access("/sys/fs/cgroup/blkio/blkio.throttle.write_bps_device", os.W_OK),
+    reason="needs root and control groups of version 1 with blkio",
+)
+def test_a_slow_disk_is_slow_for_a_time(launch: Launch, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    run = launch(
+        *("--nproc", "1", "--ckpt-dir", str(folder), "--ckpt-every", "5"),
+        program=["--steps", "1000000", "--width", "50000"],
+    )
+    begun(run, folder, 2)
+    pid = run.entry(0)["pid"]
+    groups = Path(f"/proc/{pid}/cgroup").read_text()
+    process = chaos(run, "0s slow-disk rank=0 for=30s mbps=2", "--json")
+    wait_for("the fault", lambda: any(event["kind"] == "chaos" for event in run.events()))
+    assert "blkio:/hpcft-chaos-" in Path(f"/proc/{pid}/cgroup").read_text()
+    at = run.step()
+    run.wait_for_step(at + 1)
+    wait_for(
+        "a save",
+        lambda: any(e["kind"] == "checkpoint" and e["step"] > at + 5 for e in run.events()),
+    )
+    found = verdict(process, 0)
+    assert [one["answer"] for one in found["findings"]] == ["went on"]
+    # 12 MB, of which no more than two come through in a second.
+    saves = [e["detail"]["seconds"] for e in run.events() if e["kind"] == "checkpoint"]
+    assert max(saves) > 4
+    assert Path(f"/proc/{pid}/cgroup").read_text() == groups
+    assert not list(Path("/sys/fs/cgroup/blkio").glob("hpcft-chaos-*"))
 
 
 def test_what_cannot_be_borne_fails(launch: Launch) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from runs import event, leave, start, status
 
+from hpcft.cli.ps import _size
 from hpcft.cli.top import _state
 from hpcft.report.page import draw
 from hpcft.report.story import tell
 from hpcft.telemetry.events import Event, cold_now
-from hpcft.watch.view import Rank
+from hpcft.watch.view import Rank, View
 
 
 def of(kind: str, world: int) -> Event:
@@ -32,6 +34,10 @@ def test_another_launch_begins_with_warm_spares() -> None:
 def test_it_is_said_of_the_spare() -> None:
     spare = Rank(None, 3, "n1", 17, "spare", "parked", None, cold=True)
     assert _state(spare) == "parked; cold, for memory is short"
+    run = View(
+        "run", "", "training", 0, active=3, spares=2, ranks=(spare, replace(spare, cold=False))
+    )
+    assert _size(run) == "3 + 2 (1 cold)"
 
 
 def test_a_report_has_it(tmp_path: Path) -> None:

@@ -56,11 +56,13 @@ def rundir(tmp_path: Path) -> RunDirectory:
             Event("straggler", 25, (1,), 1, 1014, {"world": 1, "host": "n4", "factor": 2.5}),
             Event("replaced", 25, (1,), 2, 1015, {"world": 3, "slow_world": 1}),
             Event("relaunch", 25, (0, 1), detail={"reason": "all failed"}),
+            Event("spare cooled", 25, detail={"world": 4, "host": "n4"}),
         ]
     )
     status = {"time": 1020.0, "step": 24, "stepped": 1019.0, "rate": 2.5, "epoch": 0}
     rundir.write_status({**status, "metrics": {"loss": 0.5, 'odd "one"': None}})
     ranks = [{"role": "active"}, {"role": "active"}]
+    ranks += [{"role": "spare", "world": world} for world in (4, 5)]
     rundir.write_ranks({"epoch": 1, "ranks": ranks})
     # Rank 0 was process 0, and then process 2, which did a step again.
     laps.append(rundir.laps_folder, [lap(0, 1, 20), lap(0, 20, 24, world=2), lap(1, 1, 24)])
@@ -98,7 +100,8 @@ def test_all_there_is_to_say(rundir: RunDirectory, capsys: pytest.CaptureFixture
         "hpcft_last_step_timestamp_seconds": 1019,
         "hpcft_start_timestamp_seconds": 1000,
         "hpcft_ranks_training": 2,
-        "hpcft_spares_left": 0,
+        "hpcft_spares_left": 2,
+        "hpcft_spares_cold": 1,
         "hpcft_failures_total action=substitute cause=node silent": 1,
         "hpcft_failures_total action=none cause=killed by SIGKILL": 1,
         "hpcft_recovery_seconds_count": 1,
