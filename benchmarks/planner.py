@@ -3,8 +3,8 @@
     python benchmarks/planner.py                          all configurations, about 25 minutes
     python benchmarks/planner.py --only relaunch --seconds 40 --seed 3
 
-For each number of ranks a run is calibrated by: it loses ranks in each of the ways there are, and
-`hpcft plan --from` takes the times that it has measured. Then each configuration is run, and loses
+For each number of ranks, with checkpoints near them or without, a run is calibrated by: it loses
+ranks in each of the ways there are, and `hpcft plan --from` takes the times that it has measured. Then each configuration is run, and loses
 ranks by `hpcft chaos` at a rate that is known beforehand, when and which is drawn from --seed. Of
 that the planner gets the rate (column *predicted*, with where 9 of 10 runs are to lie), or the
 failures as they came (`hpcft plan --trace`, column *traced*), where luck plays no part. With the
@@ -197,11 +197,12 @@ def known(run: Path, one: Configuration, told: dict[str, Any]) -> Known:
     return Known(run, step, parts["ending"], parts["saving"] / saves)
 
 
-def calibrate(folder: Path, ranks: int) -> Known:
-    """By a run of so many ranks. It loses one to a spare, one more, and one too many; twice."""
-    one = Configuration(f"calibration of {ranks} ranks", ranks, 1, max(1, ranks - 1), 50, 20)
-    run = folder / f"calibration-{ranks}"
-    kills = [4 + 6 * number for number in range(2 * (2 + ranks - one.least))]
+def calibrate(folder: Path, ranks: int, near: bool) -> Known:
+    """By a run of so many ranks. It loses one to a spare, one more, and one too many; thrice."""
+    name = f"calibration-{ranks}{'-near' * near}"
+    one = Configuration(name, ranks, 1, max(1, ranks - 1), 20, 10 if near else 0)
+    run = folder / name
+    kills = [4 + 6 * number for number in range(3 * (2 + ranks - one.least))]
     faults = "\n".join(f"{at}s kill" for at in kills)
     return known(run, one, harmed(run, one, faults, kills[-1] + 8))
 
@@ -307,12 +308,13 @@ def main() -> None:
         names = ("predicted", "traced", "own times")
         head = " | ".join(f"{name} | apart" for name in names)
         print(f"| configuration | failures | measured | {head} |\n|{'---|' * 9}", flush=True)
-        calibrated: dict[int, Known] = {}
+        calibrated: dict[tuple[int, bool], Known] = {}
         rows = []
         for one in chosen:
-            if one.ranks not in calibrated:
-                calibrated[one.ranks] = calibrate(folder, one.ranks)
-            by = calibrated[one.ranks]
+            kind = one.ranks, one.near > 0
+            if kind not in calibrated:
+                calibrated[kind] = calibrate(folder, *kind)
+            by = calibrated[kind]
             rows.append(compare(folder, one, by, args.seconds, args.seed, args.runs))
             print(_line(rows[-1]), flush=True)
         print()

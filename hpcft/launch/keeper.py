@@ -320,8 +320,9 @@ class Keeper:
         GivenUp: there is none.
         """
         assert last is not None
+        assert last.fleet is not None
         if resized:
-            last.note_resize(step, hosts)
+            last.farewell.resized(last.fleet, step, hosts)
             return
         outcome, most = last.outcome, self._options.max_relaunch
         why, code, raised = outcome.why(), outcome.code, outcome.raised()
@@ -340,7 +341,7 @@ class Keeper:
                 print(self._rundir.last_traceback(raised), file=sys.stderr, flush=True)
             again = f"; no launch comes further than step {step}" if budget.lately(events) else ""
             raise GivenUp(code, why + again)
-        last.note_relaunch(step, hosts)
+        last.farewell.relaunched(last.fleet, step, hosts)
         if self._options.verbose:
             said = budget.announcement(events, most, len(hosts), why)
             print(said, file=sys.stderr, flush=True)

@@ -31,7 +31,6 @@ from typing import Any, NoReturn
 from hpcft.ckpt.errand import Errand
 from hpcft.ckpt.near import NearStore, step_of
 from hpcft.errors import INTERRUPTED, TooFewRanks
-from hpcft.launch import history
 from hpcft.launch.cause import Death, Ending
 from hpcft.launch.channel import Message
 from hpcft.launch.child import Child
@@ -46,6 +45,7 @@ from hpcft.launch.door import Door, Doorkeeper
 from hpcft.launch.drainer import Drainer
 from hpcft.launch.evaluator import Evaluator
 from hpcft.launch.exporter import Exporter
+from hpcft.launch.farewell import Farewell
 from hpcft.launch.fleet import Fleet, Listener
 from hpcft.launch.link import Link
 from hpcft.launch.muster import undone
@@ -61,7 +61,6 @@ from hpcft.launch.siblings import Siblings
 from hpcft.launch.signals import ENDS, WARNINGS, Meaning, Signals
 from hpcft.launch.stragglers import Stragglers
 from hpcft.launch.thrift import Thrift
-from hpcft.launch.upload import Upload
 from hpcft.launch.vigil import Vigil
 from hpcft.launch.warm import Fork, Warm
 from hpcft.world.departure import LEAVE, REPLACE, RESIZE, STAYS
@@ -82,10 +81,6 @@ _ASKED = tuple(128 + number for number in ENDS + WARNINGS)
 _TOO_MUCH = TooFewRanks.exit_code
 #: Seconds after which it is said that a run that was asked to end is still in a step.
 _STEP_TIME = 10.0
-#: Seconds in which it can be written down how a run has ended.
-_WRITING_TIME = 30.0
-#: Seconds of the time that Slurm leaves a run that are not for uploading it.
-_REST_TIME = 5.0
 #: Seconds in which all ranks must have started MPI, and those that go by before the last of them
 #: has imported what is preloaded.
 _START_TIME, _PRELOAD_TIME = 300.0, 3600.0
@@ -116,6 +111,7 @@ class Shepherd:
     fleet: the shepherds of this launch; None if the ranks have not met.
     step: the last that the rank had completed.
     outcome: what the launch comes to.
+    farewell: says so.
     """
 
     def __init__(
@@ -159,6 +155,15 @@ class Shepherd:
         self._doorkeeper: Doorkeeper | None = None
         self._tiers = options.checkpoints.near if options.checkpoints else ()
         self._near = [NearStore(Path(tier.path)) for tier in self._tiers]
+        self.farewell = Farewell(
+            options,
+            task,
+            self._crew,
+            self._chronicle,
+            self._scheduler,
+            self.outcome,
+            self._near,
+        )
         self._courier = Courier(place.rank, self._near)
         self._evaluator = Evaluator(warm, place.rank, self._crew, self._chronicle)
         self._drainer: Drainer | None = None
@@ -182,9 +187,6 @@ class Shepherd:
         #: Whether the ranks have left what the next launch is to go on from.
         self._handed_over = False
         self._unsaved = False
-        #: When the run was asked to end in order, by a monotonic clock.
-        self._leave_at: float | None = None
-        self._upload: Upload | None = None
 
     @property
     def lost(self) -> frozenset[str]:
@@ -297,7 +299,9 @@ class Shepherd:
         code = self.outcome.code
         speaks = self.fleet.speaks
         if speaks:
-            await self._tell_of_the_end(code)
+            await self.farewell.ended(
+                self.fleet, self.step, self.lost, self._handed_over, self._asked
+            )
         unwanted = self._asked and not self._orphaned
         over = unwanted or (code in (0, INTERRUPTED) and not self._unsaved)
         # Others on this node may go on with what is there.
@@ -311,80 +315,6 @@ class Shepherd:
             # Else it would kill who tells of the end, and leaves with the exit code after that.
             return 0
         return code
-
-    async def _tell_of_the_end(self, code: int) -> None:
-        """For all: why the run has failed, and whether it is to start again."""
-        writing = Errand(lambda: self._write_the_end(code))
-        if await writing.answered(_WRITING_TIME):
-            writing.result()
-        else:
-            # Nobody else would end a process that waits for ever.
-            print(
-                f"hpcft: {self._rundir.path} does not answer: how the run has ended is not in it",
-                file=sys.stderr,
-                flush=True,
-            )
-        # Slurm ends a job that it is to start again at once.
-        await self._have_it_uploaded()
-        if self._scheduler and not self._task.of_another_job:
-            if self._options.most_requeues is not None:
-                self._scheduler.concluded(code, self._options.most_requeues, self.lost)
-            self._scheduler.end_deserted(self.lost)
-
-    def _write_the_end(self, code: int) -> None:
-        if code not in (0, INTERRUPTED):
-            deaths, reason = self.outcome.deaths(), self.outcome.why()
-            self._chronicle.failed(reason, deaths, self._as_launched(), self._near)
-        if code == INTERRUPTED and self._handed_over:
-            self._chronicle.interrupted(self.outcome.wish, self.step)
-        history.add(self._rundir)
-
-    @property
-    def _uploads(self) -> bool:
-        """Whether the shepherds are to see to the upload of the run, and not the launcher."""
-        return self._options.upload is not None and not self._task.launched_by_us
-
-    async def _have_it_uploaded(self) -> None:
-        """What the run leaves, if the user wants that, and nobody else sees to it."""
-        options = self._options
-        if not self._uploads:
-            return
-        assert options.upload is not None
-        upload = Upload(options.run_dir, options.upload, not options.verbose)
-        limit: float | None = None
-        if self._scheduler and self._leave_at is not None:
-            waited = time.monotonic() - self._leave_at
-            limit = await self._scheduler.grace() - waited - _REST_TIME
-        if self._asked and self._leave_at is not None:
-            upload.skip("as the run was ended at once")
-        elif limit is not None and limit <= 0:
-            upload.skip("for lack of time")
-        else:
-            self._upload = upload
-            await upload.finish(limit)
-
-    def note_relaunch(self, step: int, hosts: dict[int, str]) -> None:
-        """Write down that this launch has failed, and another is to come.
-
-        Parameters
-        ----------
-        hosts: where the shepherds are that are left.
-        """
-        reason, deaths = self.outcome.why(), self.outcome.deaths()
-        self._chronicle.relaunched(reason, step, hosts, deaths, self._as_launched())
-
-    def note_resize(self, step: int, hosts: dict[int, str]) -> None:
-        """Write down that the ranks have left to be as many as there are ``hosts``, and say so."""
-        assert self.fleet is not None
-        self._chronicle.resized(self.fleet.said(RESIZE)[0]["reason"], step, hosts)
-
-    def _as_launched(self) -> dict[int, dict[str, Any]]:
-        """What would be in ranks.json, had training begun."""
-        assert self.fleet is not None
-        return {
-            rank: {"logical": rank if rank in self._crew.active else None, "host": host}
-            for rank, host in self.fleet.hosts.items()
-        }
 
     def _place_lost(self) -> None:
         """What lends places in MPI has ended: without it ranks cannot start.
@@ -796,10 +726,7 @@ class Shepherd:
 
     def _signalled(self, number: int) -> None:
         """Somebody wants the run to end: by a warning, in order, or by a second signal at once."""
-        if self._upload:
-            # Of Slurm's and of launchers' some come when all others have ended; SIGINT is meant.
-            if number == signal.SIGINT:
-                self._upload.stop()
+        if self.farewell.signalled(number):
             return
         if self._over.is_set():
             # Between two launches nobody is there who could leave in order.
@@ -893,20 +820,14 @@ class Shepherd:
             await self._roll.leave()
         if not self._asked and self._rundir.call_off(self._task.launch):
             if self._missed:
-                self._tell_of_missed()
+                self.farewell.missed(self._missed)
             else:
                 print(f"hpcft: {self.outcome.reason}", file=sys.stderr, flush=True)
             # A signal could come before who is still starting can take it for what it is.
             await asyncio.sleep(_NOTICE_TIME)
-            await self._have_it_uploaded()
+            await self.farewell.upload(self._asked)
             self._task.end_all()
         os._exit(self.outcome.decided or 1)
-
-    def _tell_of_missed(self) -> None:
-        """For all: nodes were lost before training has begun, and the job may do without them."""
-        self._chronicle.failed(self.outcome.reason, (), {}, self._near)
-        if self._scheduler and self._options.most_requeues is not None:
-            self._scheduler.concluded(_TOO_MUCH, self._options.most_requeues, self._missed)
 
     # -- the others speak ----------------------------------------------------------------------
 
@@ -936,7 +857,7 @@ class Shepherd:
         elif kind in (LEAVE, RESIZE):
             if kind == LEAVE:
                 self.outcome.wish = fact["reason"]
-                self._leave_at = time.monotonic()
+                self.farewell.asked_at = time.monotonic()
                 asyncio.get_running_loop().call_later(_STEP_TIME, self._still_in_a_step)
             # Else the rank cannot be told yet.
             if self.fleet:
