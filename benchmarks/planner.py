@@ -4,12 +4,12 @@
     python benchmarks/planner.py --only relaunch --seconds 40 --seed 3
 
 For each number of ranks, with checkpoints near them or without, a run is calibrated by: it loses
-ranks in each of the ways there are, and `hpcft plan --from` takes the times that it has measured. Then each configuration is run, and loses
-ranks by `hpcft chaos` at a rate that is known beforehand, when and which is drawn from --seed. Of
-that the planner gets the rate (column *predicted*, with where 9 of 10 runs are to lie), or the
-failures as they came (`hpcft plan --trace`, column *traced*), where luck plays no part. With the
-times that the run itself has measured, in place of the calibration's, what is left is due to the
-planner alone (column *own times*).
+ranks in each of the ways there are, and `hpcft plan --from` takes the times that it has measured.
+Then each configuration is run, and loses ranks by `hpcft chaos` at a rate that is known beforehand,
+when and which is drawn from --seed. Of that the planner gets the rate (column *predicted*, with
+where 9 of 10 runs are to lie), or the failures as they came (`hpcft plan --trace`, column
+*traced*), where luck plays no part. With the times that the run itself has measured, in place of
+the calibration's, what is left is due to the planner alone (column *own times*).
 
 Each share is that of the time from the first step on, for no failure comes before. Whether a
 failure just misses a checkpoint or not is worth the steps between two, so these are few. On a

@@ -98,6 +98,8 @@ class Thrift:
         #: Bytes it had before, and what it has given back.
         self._held = self._need = 0
         self._room: memory.Room | None = None
+        #: What the rank has been told: whether there is no memory for a spare that is to train.
+        self._tight = False
         self._without_copies = False
         self.renew()
 
@@ -151,12 +153,20 @@ class Thrift:
             self._room = room
             stalled, now = memory.pressure(), time.monotonic()
             supply = self._ration.look(room, stalled, now, bool(self._warming))
+            self._tell_room(supply)
             if supply.short:
                 self._give_up(supply)
             else:
                 self._take_back(supply)
             near = self.short or room.free < 3 * supply.reserve
             await asyncio.sleep(_CLOSE_LOOK if near else _LOOK)
+
+    def _tell_room(self, supply: Supply) -> None:
+        """Whether another spare had better be adopted, if there is one on another machine."""
+        tight = not supply.enough_for(self._need if self._bare else 0)
+        if tight != self._tight:
+            self._tight = tight
+            self._tell({"kind": "room", "tight": tight})
 
     # -- giving up -----------------------------------------------------------------------------
 

@@ -57,7 +57,9 @@ def _look(link: Link) -> None:
 def _recover(world: World, healer: Healer) -> bool:
     """Come to a new world with the others, as a spare that stays one; whether all run anew."""
     # If it is to train, this is not how it comes to it.
-    report = Report(world.world, -1, whole=True, broken=False, cold=True)
+    assert world.link is not None
+    tight = world.link.tight
+    report = Report(world.world, -1, whole=True, broken=False, cold=True, tight=tight)
     return healer.heal(report, lambda comm, plan: None, agreed=True).transfer.anew
 
 

@@ -161,6 +161,7 @@ class Recovery:
             anew=self._sharded,
             slow=world.link.slow,
             steps_down=self._steps_down,
+            tight=world.link.tight,
         )
 
     def _transfer(self, comm: MPI.Intracomm, plan: Transfer) -> None:

@@ -57,8 +57,8 @@ class Link:
     could not, if so. ``departures`` knows whether all are to leave, ``cohorts`` whose gradients
     make a step. ``slow`` tells whether this process is slower than the others, and ``probe`` is set
     when, as a spare, it is to find out; ``bare`` tells whether, as a spare, it is to hold no more
-    than it needs to be there. ``drained`` has what a spare says it has written, until somebody
-    takes it out.
+    than it needs to be there, and ``tight`` whether its machine has no memory to spare. ``drained``
+    has what a spare says it has written, until somebody takes it out.
     """
 
     def __init__(self, sock: socket.socket, progress: Progress) -> None:
@@ -67,7 +67,7 @@ class Link:
         self._lock = threading.Lock()
         self.progress = progress
         self.slow = False
-        self.bare = False
+        self.bare = self.tight = False
         self.probe = threading.Event()
         self.news = threading.Event()
         self.failures: dict[int, Failure] = {}
@@ -165,6 +165,9 @@ class Link:
                 if message["kind"] == "warmth":
                     self.bare = message["bare"]
                     self.news.set()
+                    continue
+                if message["kind"] == "room":
+                    self.tight = message["tight"]
                     continue
                 if message["kind"] == "probe":
                     self.probe.set()

@@ -107,12 +107,14 @@ def heal(
     slow: frozenset[int] = frozenset(),
     stepping_down: frozenset[int] = frozenset(),
     cold: frozenset[int] = frozenset(),
+    tight: frozenset[int] = frozenset(),
 ) -> Healing:
     """Work out the next membership from who is left.
 
     Every survivor calls this with the same arguments and so comes to the same answer; nothing
-    is negotiated. A spare that is not slow is preferred, then one that is warm, and then one on a
-    host where nothing has just died, for a failure is often the host's.
+    is negotiated. A spare that is not slow is preferred, then one that is warm, then one on a host
+    with memory for what it is to do, and then one on a host where nothing has just died, for a
+    failure is often the host's.
 
     Who is to step down does so only where nobody has died who trained, and for a spare that is not
     slow. Its state goes with it; so one rank must be left that has it.
@@ -126,6 +128,7 @@ def heal(
     slow: world ranks that are slower than the others, or were when last seen training.
     stepping_down: world ranks that are to change places with spares.
     cold: spares that have to run their script before they can train.
+    tight: spares on hosts without memory to spare.
 
     Raises
     ------
@@ -142,7 +145,9 @@ def heal(
             if not spares:
                 break
             # min() keeps launch order among equals.
-            spare = min(spares, key=lambda w: (w in slow, w in cold, hosts[w] in suspect))
+            spare = min(
+                spares, key=lambda w: (w in slow, w in cold, w in tight, hosts[w] in suspect)
+            )
             spares.remove(spare)
             active[logical] = spare
             adoptions.append(Adoption(logical, spare, before.active[logical]))
@@ -160,7 +165,7 @@ def heal(
             "give more --spares or a lower --min-ranks",
         )
     lost = tuple(w for w in before.spares if w not in alive)
-    replaced = () if failed else _replaced(left, spares, hosts, slow, stepping_down, cold)
+    replaced = () if failed else _replaced(left, spares, hosts, slow, stepping_down, cold, tight)
     for one in replaced:
         left = (*left[: one.logical], one.world, *left[one.logical + 1 :])
         spares = sorted({*spares, one.failed} - {one.world})
@@ -175,13 +180,15 @@ def _replaced(
     slow: frozenset[int],
     stepping_down: frozenset[int],
     cold: frozenset[int],
+    tight: frozenset[int],
 ) -> tuple[Adoption, ...]:
     """Who takes over from those that step down, as far as that can be."""
     leaving = [w for w in active if w in stepping_down][: len(active) - 1]
     # What makes a rank slow is often its host.
     suspect = {hosts[w] for w in leaving}
     trusted = sorted(
-        (w for w in spares if w not in slow), key=lambda w: (w in cold, hosts[w] in suspect)
+        (w for w in spares if w not in slow),
+        key=lambda w: (w in cold, w in tight, hosts[w] in suspect),
     )
     return tuple(
         Adoption(active.index(w), spare, w) for w, spare in zip(leaving, trusted, strict=False)

@@ -114,6 +114,7 @@ class Report:
     slow: it is slower than the others, or was when it last trained.
     steps_down: it is to change places with a spare, and all ranks have completed the same step.
     cold: it is a spare that has to run its script before it can train.
+    tight: it is on a machine without memory to spare.
     """
 
     world: int
@@ -124,6 +125,7 @@ class Report:
     slow: bool = False
     steps_down: bool = False
     cold: bool = False
+    tight: bool = False
 
 
 @dataclass(frozen=True)
@@ -586,6 +588,7 @@ class World:
                     frozenset(world for world, one in reports.items() if one.slow),
                     _stepping_down(before, reports),
                     cold,
+                    frozenset(world for world, one in reports.items() if one.tight),
                 )
                 plan = plan_transfer(healing.after, reports, self.restorable, self.apart)
             except (TooFewRanks, StateLost) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 from training import HERE, Training, wait_for
+
+from hpcft.world.progress import shepherd_of
 
 # What makes such a group is there for the benchmarks.
 sys.path.append(str(HERE.parent / "benchmarks"))
@@ -115,6 +118,39 @@ def test_of_two_spares_the_warm_one_is_adopted_and_nobody_waits_for_the_other(
     (adopted,) = [event["detail"]["world"] for event in events(run, "adoption")]
     assert adopted in {3, 4} - {cold}
     assert "warm_s" not in events(run, "resume")[0]["detail"]["phases"]
+
+
+def test_of_two_warm_spares_the_one_with_memory_is_adopted(
+    launch: Callable[..., Training], group: MemoryGroup, tmp_path: Path
+) -> None:
+    run = launch("--spares", "2")
+    run.wait_for_step(3)
+    (first,) = [rank["pid"] for rank in run.ranks() if rank["world"] == 3]
+    shepherd = shepherd_of(first)
+    with MemoryGroup("hpcft-test-other") as other:
+        # As if that spare was on another machine. There is more left than is to stay free, but not
+        # so much more that a spare would be warmed.
+        procs = other.path / "cgroup.procs"
+        hold = "held = b'x' * (400 << 20); print(flush=True); input()"
+        with subprocess.Popen(
+            ["sh", "-c", f'echo $$ > {procs}; exec "$@"', "sh", sys.executable, "-c", hold],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as holder:
+            assert holder.stdout is not None
+            holder.stdout.readline()
+            other.limit(int(other.used / 0.88))
+            procs.write_text(str(shepherd))
+            # Far longer than it takes to notice.
+            run.wait_for_step(run.step() + 20)
+            run.send(1)
+            wait_for("the recovery", lambda: events(run, "recovered"), PATIENCE)
+            (group.path / "cgroup.procs").write_text(str(shepherd))
+            holder.kill()
+    (tmp_path / "hurry").touch()
+    run.finish(seconds=240)
+    assert not events(run, "spare cooled")
+    assert [event["detail"]["world"] for event in events(run, "adoption")] == [4]
 
 
 def test_spares_that_are_to_stay_warm_do(

@@ -252,6 +252,18 @@ def test_a_warm_spare_is_adopted_before_a_cold_one() -> None:
     assert healing.after.active == (0, 3, 2)
 
 
+def test_of_spares_that_are_as_warm_the_one_with_memory_is_adopted() -> None:
+    hosts = {0: "a", 1: "b", 2: "c", 3: "d", 4: "b"}
+    before, alive = Membership.launch(5, 2), frozenset({0, 2, 3, 4})
+    for cold in (frozenset[int](), frozenset({3, 4})):
+        for tight, adopted in ((set[int](), 3), ({3}, 4), ({4}, 3), ({3, 4}, 3)):
+            healing = heal(before, alive, hosts, Policy(), cold=cold, tight=frozenset(tight))
+            assert healing.after.active == (0, adopted, 2)
+    # One that is warm has all that it needs.
+    healing = heal(before, alive, hosts, Policy(), cold=frozenset({4}), tight=frozenset({3}))
+    assert healing.after.active == (0, 3, 2)
+
+
 def test_a_slow_rank_changes_places_with_a_warm_spare() -> None:
     before, alive = Membership.launch(4, 2), frozenset(range(4))
     slow = frozenset({1})
