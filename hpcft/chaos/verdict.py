@@ -71,7 +71,7 @@ def _next(deed: Deed, deeds: Sequence[Deed]) -> float:
     """When one of those it has hit was hit again; what they die of from then on is due to that."""
     return min(
         (
-            other.done
+            other.done - _SLACK
             for other in deeds[deeds.index(deed) + 1 :]
             if other.done is not None and set(other.worlds) & set(deed.worlds)
         ),

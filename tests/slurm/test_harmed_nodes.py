@@ -15,12 +15,14 @@ pytestmark = pytest.mark.slurm
 
 Srun = Callable[..., Training]
 
-#: That of node n2 is replaced for the cut, which is longer than silence is borne, and that of n1,
-#: which is the first rank, when its node dies.
+#: Seconds for which silence is borne. What is sent again for the third time is late by 1.4.
+_DETECT = "3"
+#: That of node n2 is replaced for the cut, and that of n1, which is the first rank, when its node
+#: dies.
 _SCHEDULE = """
-    0s lossy host=n2 for=4s percent=10
-    6s cut host=n2 for=6s
-    16s node host=n1
+    0s lossy host=n2 for=3s percent=5
+    5s cut host=n2 for=6s
+    15s node host=n1
     """
 
 
@@ -28,7 +30,7 @@ def test_links_and_nodes(cluster: Cluster, srun: Srun, shared_path: Path) -> Non
     harmed, file = shared_path / "harmed", shared_path / "faults"
     file.write_text(_SCHEDULE)
     paced = ["--steps", "144", "--pace", "0.5", "--until", str(harmed)]
-    run = srun(4, 1, 2, program=paced)
+    run = srun(4, 1, 2, "--timeout-detect", _DETECT, program=paced)
     run.wait_for_step(5)
     wait_for("status.json", lambda: (run.run_dir / "status.json").exists())
     hpcft = [sys.executable, "-m", "hpcft.cli.main", "chaos", str(run.run_dir)]
@@ -44,6 +46,7 @@ def test_links_and_nodes(cluster: Cluster, srun: Srun, shared_path: Path) -> Non
     for node in cluster.nodes:
         assert not cluster.run("srun", f"-w{node}", "--overlap", "nft", "list", "tables").stdout
     harmed.touch()
-    summary = run.finish()
+    # Of a shepherd's death srun tells by its exit code.
+    summary = run.finish(code=137)
     assert [failure["ranks"] for failure in summary["failures"]] == [[1], [0]]
     assert summary["params_sha256"] == undisturbed(2)[144]

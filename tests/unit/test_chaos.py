@@ -393,6 +393,10 @@ def test_who_is_hit_twice_has_died_of_the_second() -> None:
     deeds = [deed(15, "0s slow for=1s", 40, 2, undone=16), deed(20, "5s kill", 50, 2)]
     answers = [one.answer for one in judged(deeds, SUBSTITUTED).findings]
     assert answers == ["went on", "substitute"]
+    # A node is silent since it was last heard, which was before.
+    deeds = [deed(15, "0s lossy for=1s", 40, 2, undone=16), deed(20.3, "5s cut for=3s", 50, 2)]
+    answers = [one.answer for one in judged(deeds, SUBSTITUTED).findings]
+    assert answers == ["went on", "substitute"]
 
 
 def test_a_hang_that_was_too_short_to_be_noticed_passes() -> None:
