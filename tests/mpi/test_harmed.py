@@ -109,7 +109,8 @@ def test_a_slow_disk_is_slow_for_a_time(launch: Launch, tmp_path: Path) -> None:
         lambda: any(e["kind"] == "checkpoint" and e["step"] > at + 5 for e in run.events()),
     )
     found = verdict(process, 0)
-    assert [one["answer"] for one in found["findings"]] == ["went on"]
+    # There is no room for the next while one is being written.
+    assert [one["answer"] for one in found["findings"]] == ["said"]
     # 12 MB, of which no more than two come through in a second.
     saves = [e["detail"]["seconds"] for e in run.events() if e["kind"] == "checkpoint"]
     assert max(saves) > 4
