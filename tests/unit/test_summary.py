@@ -288,7 +288,12 @@ def test_what_is_replaced_is_replaced_as_a_whole(tmp_path: Path) -> None:
     run.write_summary({"result": "ok"})
     assert json.loads(run.ranks_file.read_text()) == {"epoch": 1, "ranks": []}
     assert json.loads(run.summary_file.read_text()) == {"result": "ok"}
-    assert {file.name for file in tmp_path.iterdir()} == {"ranks.json", "summary.json", "logs"}
+    assert sorted(e.name for e in tmp_path.iterdir()) == [
+        "laps",
+        "logs",
+        "ranks.json",
+        "summary.json",
+    ]
 
 
 def test_a_directory_that_cannot_be_made_is_an_os_error(tmp_path: Path) -> None:
