@@ -11,6 +11,8 @@ from pathlib import Path
 from hpcft.launch.cause import Ending, ending, oom_kills
 
 _PR_SET_CHILD_SUBREAPER = 36
+#: The kernel's PF_EXITING, among a thread's flags.
+_EXITING = 0x4
 
 
 def adopt_orphans() -> None:
@@ -62,6 +64,13 @@ def _stat(pid: int) -> list[str]:
     return _fields(Path(f"/proc/{pid}"))
 
 
+def _waits(fields: list[str]) -> bool:
+    """Whether a thread waits in the kernel, for what no signal ends."""
+    state, flags = fields[0], int(fields[6])
+    # That one could be woken says nothing once it is ending: with FUSE it closes its files so.
+    return state == "D" or (state == "S" and bool(flags & _EXITING))
+
+
 def _fields(folder: Path) -> list[str]:
     return (folder / "stat").read_text().rpartition(")")[2].split()
 
@@ -106,9 +115,7 @@ class Child:
     def hangs(self) -> bool:
         """Whether the kernel keeps one of its threads waiting for a device or a file system."""
         with contextlib.suppress(OSError):
-            return any(
-                _fields(thread)[0] == "D" for thread in Path(f"/proc/{self.pid}/task").iterdir()
-            )
+            return any(map(_waits, map(_fields, Path(f"/proc/{self.pid}/task").iterdir())))
         return False
 
     def cpu_seconds(self) -> float:
