@@ -17,14 +17,16 @@ from hpcft.ckpt import filesystem
 from hpcft.ckpt.index import Damaged
 from hpcft.ckpt.reader import opened
 from hpcft.ckpt.store import Checkpoint, Store
+from hpcft.launch.cgroup import groups
 
 #: Bytes that are left on a full disk.
 _RESERVE = 1 << 20
 #: Those of one host alone; any other may have users elsewhere.
 _LOCAL = frozenset(("ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "zfs", "f2fs", "overlay"))
-_CGROUPS = Path("/sys/fs/cgroup")
 #: Of a control group of version 1: what limits its writing, and who is in it.
 _THROTTLE, _PROCESSES = "blkio.throttle.write_bps_device", "cgroup.procs"
+#: In place of a control group that there is none of: no such limit is in it.
+_NONE = Path("/")
 #: Bytes that are made wrong, in one place.
 _WRONG = 64
 
@@ -89,8 +91,11 @@ class SlowDisk(Fault):
             raise Refused(f"{path} is on no disk of this host")
         number = _disk(device)
         speed = int(task.amount * 1e6)
-        groups = {kinds: group for _, kinds, group in _groups(how["pid"])}
-        file = _CGROUPS / groups.get("", "").lstrip("/") / "io.max"
+        # Of those in a line upwards the rank's own comes first.
+        own: dict[bool, Path] = {}
+        for group, second in groups("blkio", how["pid"]):
+            own.setdefault(second, group)
+        file, throttle = own.get(True, _NONE) / "io.max", own.get(False, _NONE) / _THROTTLE
         if os.access(file, os.W_OK):
             before = [line for line in file.read_text().splitlines() if line.split()[0] == number]
             return {
@@ -98,18 +103,13 @@ class SlowDisk(Fault):
                 "limit": f"{number} wbps={speed}",
                 "before": before[0] if before else f"{number} wbps=max",
             }
-        below = [
-            _CGROUPS / kinds / group.lstrip("/")
-            for kinds, group in groups.items()
-            if "blkio" in kinds.split(",")
-        ]
-        if not below or not os.access(below[0] / _THROTTLE, os.W_OK):
+        if not os.access(throttle, os.W_OK):
             raise Refused(
-                f"neither {file} can be written, by which a disk is made slow, nor {_THROTTLE}",
+                f"neither {file} can be written, by which a disk is made slow, nor {throttle}",
                 "that takes root, and control groups with the io or the blkio controller",
             )
-        own = below[0] / f"hpcft-chaos-{secrets.token_hex(4)}"
-        return {**how, "own": str(own), "limit": f"{number} {speed}"}
+        made = throttle.parent / f"hpcft-chaos-{secrets.token_hex(4)}"
+        return {**how, "own": str(made), "limit": f"{number} {speed}"}
 
     def do(self, how: dict[str, Any]) -> None:
         if "file" in how:
@@ -135,12 +135,6 @@ class SlowDisk(Fault):
             with contextlib.suppress(ProcessLookupError):
                 (own.parent / _PROCESSES).write_text(pid)
         own.rmdir()
-
-
-def _groups(pid: int) -> list[list[str]]:
-    """The control groups of a process: number, controllers, path; of version 2 no controllers."""
-    lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
-    return [line.split(":", 2) for line in lines]
 
 
 def _disk(device: int) -> str:

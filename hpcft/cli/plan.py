@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from rich.console import Console
 from hpcft.ckpt import interval
 from hpcft.cli import quantities
 from hpcft.cli.output import Column, say, table, write_whole
+from hpcft.cli.prediction import between_failures, require_scipy
 from hpcft.cli.runs import RUN, see
 from hpcft.errors import HpcftError, UsageError
 from hpcft.foresight.scenario import (
@@ -275,8 +275,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it; return the exit code."""
-    if importlib.util.find_spec("scipy") is None:
-        raise UsageError("hpcft plan needs scipy", "pip install 'hpcft[foresight]'")
+    require_scipy("hpcft plan")
     if not 2 <= args.runs <= 100_000:
         raise UsageError(f"--runs {args.runs}", "it is from 2 to 100000")
     if args.seed < 0:
@@ -356,7 +355,7 @@ def _given(args: argparse.Namespace, told: _Told | None, traced: _Told | None) -
                 "--risk says how often nodes fail, as --mtbf-node and --trace do",
                 "give one of these",
             )
-        args.mtbf_node = _risk()
+        args.mtbf_node = between_failures()
     given: dict[str, float] = {}
     for group in _GROUPS:
         for option in group.options:
@@ -373,14 +372,6 @@ def _given(args: argparse.Namespace, told: _Told | None, traced: _Told | None) -
     if traced:
         given |= dict.fromkeys(("mtbf-node", "mtbf-rack", "mtbf-job"), math.inf)
     return given
-
-
-def _risk() -> float:
-    """Seconds between failures of one node, by the record."""
-    from hpcft.foresight import gathering
-
-    with Console(stderr=True).status("reading ...") as status:
-        return gathering.estimate(gathering.gather(status.update)).between
 
 
 def _trace(traced: _Told, ranks_per_node: int) -> tuple[Strike, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 
 from hpcft.cli import quantities
 from hpcft.cli.output import Column, say, table
+from hpcft.cli.prediction import require_scipy
 from hpcft.cli.runs import RUN
 from hpcft.errors import UsageError
 from hpcft.report.amounts import duration
@@ -79,8 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it; return the exit code."""
-    if importlib.util.find_spec("scipy") is None:
-        raise UsageError("hpcft risk needs scipy", "pip install 'hpcft[foresight]'")
+    require_scipy("hpcft risk")
     if not 0 < args.hours < 1e6:
         raise UsageError(f"--hours {args.hours:g}", "it is more than 0, and less than a million")
     if not 0 < args.since < 20 * 365.25 * 86400:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import re
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from hpcft.cli.prediction import between_failures, require_scipy
 from hpcft.errors import UsageError
 from hpcft.launch.options import RunOptions, parse
 from hpcft.slurm import cluster
@@ -135,17 +135,14 @@ def _provided(
     args: argparse.Namespace, options: RunOptions, ranks: int, limit: int
 ) -> tuple[int, str]:
     """How many ranks are to be spares, and why."""
-    if importlib.util.find_spec("scipy") is None:
-        raise UsageError("--spares auto needs scipy", "pip install 'hpcft[foresight]'")
-    from hpcft.foresight import gathering
+    require_scipy("--spares auto")
     from hpcft.foresight.provision import provision
 
-    with Console(stderr=True).status("reading ...") as status:
-        between = gathering.estimate(gathering.gather(status.update)).between
-        status.update("simulating ...")
-        at_least = min(args.nodes, math.ceil(options.min_ranks / ranks))
-        shrinks = "shrink" in options.on_failure
-        requeued = args.ckpt_dir is not None
+    between = between_failures()
+    at_least = min(args.nodes, math.ceil(options.min_ranks / ranks))
+    shrinks = "shrink" in options.on_failure
+    requeued = args.ckpt_dir is not None
+    with Console(stderr=True).status("simulating ..."):
         found = provision(args.nodes, ranks, limit, requeued, between, at_least, shrinks)
     return found.spares * ranks, found.why
 

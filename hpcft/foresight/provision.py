@@ -57,15 +57,17 @@ def provision(
         max(limit, _CAMPAIGN) if requeued else limit,
         Hazards(node=between),
         Saves() if requeued else Saves(file=None),
-        Stack(start=min(Stack().start, limit / 10), short="shrink" if shrinks else "requeue"),
+        Stack(
+            start=min(Stack().start, limit / 10),
+            short="shrink" if shrinks else "requeue",
+            at_least=at_least,
+        ),
         Site(limit=limit if requeued else math.inf),
     )
     tried: list[tuple[float, forecast.Forecast]] = []
     for spares in range(nodes - at_least + 1):
         machine = replace(whole.machine, nodes=nodes - spares, spares=spares)
-        stack = replace(whole.stack, at_least=at_least)
-        scenario = replace(whole, machine=machine, stack=stack)
-        tried.append((spares, forecast.simulate(scenario, _LIVES)))
+        tried.append((spares, forecast.simulate(replace(whole, machine=machine), _LIVES)))
         if spares - forecast.best(tried, _useful) >= _WORSE:
             break
     best = int(forecast.best(tried, _useful))

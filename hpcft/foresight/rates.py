@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,8 +135,12 @@ class Chances:
 
     def at_most(self, probability: float) -> int:
         """With this probability there are no more failures than that."""
-        drawn = np.random.default_rng(3).poisson(np.minimum(self._expected, 1e9))
-        return int(np.quantile(drawn, probability))
+        return int(np.quantile(self._drawn, probability))
+
+    @cached_property
+    def _drawn(self) -> NDArray[np.int64]:
+        """Numbers of failures, as they may come."""
+        return np.random.default_rng(3).poisson(np.minimum(self._expected, 1e9))
 
 
 def estimate(seen: Sequence[Seen], pooled: Seen | None = None) -> Rates:
